@@ -1,0 +1,165 @@
+"""From any `nn.Module` to a Program: torch.export, the normal form, and errors that name the user's line."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from compiled_attn.ir.errors import CaptureError
+from compiled_attn.ir.program import Program
+from compiled_attn.ir.verify import verify
+
+MODES = ("inference", "train")
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    mode: str = "inference",
+) -> Program:
+    """Captures `model` on example inputs; the model is not changed and its tensors are shared.
+
+    args, kwargs: what the model is called with; pytrees and None are fine.
+    dynamic_shapes: as torch.export takes it; besides, a dimension may be named by a string (`{"x": {0: "batch"}}`):
+    the same name is the same size, and a size of 1 is among those allowed.
+    mode: "inference" captures under no_grad in the functional normal form, as the model's train/eval flags say;
+    "train" keeps the training form.
+    Raises CaptureError, with the user's line, where the model can not be captured.
+    """
+    if mode not in MODES:
+        raise CaptureError(f"unknown mode {mode!r}", facts=f"modes are {', '.join(MODES)}", do="choose one of them")
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"{type(model).__name__} is not an nn.Module",
+            facts="capture records the parameters of a module",
+            do="wrap the function in a module whose forward calls it",
+        )
+    args, kwargs = tuple(args), dict(kwargs or {})
+    example = (args, kwargs)
+    shapes = named_dimensions(dynamic_shapes)
+    if shapes is not None:
+        example = _away_from_one(example, shapes, model)
+    grad = torch.enable_grad() if mode == "train" else torch.no_grad()
+    try:
+        with warnings.catch_warnings(), grad:
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                model,
+                example[0],
+                example[1],
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            if mode == "inference":
+                exported = exported.run_decompositions({})
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise explain_failure(error, model) from error
+    program = Program.from_export(exported, mode=mode)
+    verify(program)
+    return program
+
+
+def named_dimensions(shapes: Any, dims: dict[str, Any] | None = None) -> Any:
+    """dynamic_shapes with every string replaced by one torch.export.Dim of that name, which allows sizes from 1."""
+    dims = {} if dims is None else dims
+    if isinstance(shapes, str):
+        if not shapes.isidentifier():
+            raise CaptureError(
+                f"{shapes!r} can not name a dimension", facts="names are Python identifiers", do="rename it"
+            )
+        return dims.setdefault(shapes, torch.export.Dim(shapes, min=1))
+    if isinstance(shapes, Mapping):
+        return {k: named_dimensions(v, dims) for k, v in shapes.items()}
+    if isinstance(shapes, (list, tuple)):
+        return type(shapes)(named_dimensions(v, dims) for v in shapes)
+    return shapes
+
+
+def _away_from_one(example: tuple[Any, Any], shapes: Any, model: nn.Module) -> tuple[Any, Any]:
+    """Example inputs whose dynamic dimensions of size 1 are doubled, since tracing specialises sizes 0 and 1.
+
+    Only tensors are changed, and the captured program allows the given size all the same.
+    """
+    import inspect
+
+    args, kwargs = example
+    names = list(inspect.signature(model.forward).parameters)
+    if isinstance(shapes, Mapping):
+        positional = [shapes.get(n) for n in names[: len(args)]]
+        keyword = {k: shapes.get(k) for k in kwargs}
+    else:
+        positional, keyword = list(shapes) + [None] * (len(args) - len(shapes)), {}
+    new_args = tuple(_doubled(a, s) for a, s in zip(args, positional, strict=False)) + tuple(args[len(positional) :])
+    return new_args, {k: _doubled(v, keyword.get(k)) for k, v in kwargs.items()}
+
+
+def _doubled(value: Any, spec: Any) -> Any:
+    if spec is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        dims = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
+        for dim, declared in dims:
+            if declared is not None and not isinstance(declared, int) and value.shape[dim] == 1:
+                value = torch.cat([value, value], dim)
+        return value
+    if isinstance(value, Mapping) and isinstance(spec, Mapping):
+        return type(value)({k: _doubled(v, spec.get(k)) for k, v in value.items()})
+    if isinstance(value, (list, tuple)) and isinstance(spec, (list, tuple)):
+        return type(value)(_doubled(v, s) for v, s in zip(value, spec, strict=False))
+    return value
+
+
+def explain_failure(error: Exception, model: nn.Module) -> CaptureError:
+    """torch.export's failure as a CaptureError: the user's line, what was met there, what to change."""
+    text = str(error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return CaptureError(
+        f"{type(model).__name__} can not be captured: {first}",
+        where=_user_line(error, text),
+        facts=type(error).__name__ + _second_fact(text),
+        do=_advice(error, text),
+    )
+
+
+def _user_line(error: Exception, text: str) -> str:
+    import traceback
+
+    own = ("/torch/", "compiled_attn/", "<frozen", "contextlib")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(o in f.filename for o in own)]
+    inside = [f for f in frames if f.name not in ("<module>",)]
+    for frame in reversed(inside or frames):
+        return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+    found = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s+(.*)', text)
+    if found:
+        file, line, name, code = found[-1]
+        return f"{file}:{line} in {name}: {code}"
+    return ""
+
+
+def _second_fact(text: str) -> str:
+    constraint = re.search(r"(Constraints violated[^\n]*|Not all values[^\n]*|specialized[^\n]*)", text)
+    return f": {constraint.group(1).strip()}" if constraint else ""
+
+
+def _advice(error: Exception, text: str) -> str:
+    kind = type(error).__name__
+    if "Constraints violated" in text or "specialized" in text:
+        return "leave that dimension static, or give it the range that the message suggests (torch.export.Dim)"
+    if "GuardOnDataDependent" in kind or "data-dependent" in text or "Could not guard" in text:
+        return "a branch depends on tensor values; replace it by torch.where or torch.cond, or bound it (torch._check)"
+    if isinstance(error, TypeError) and "argument" in text:
+        return "give example inputs that the model's forward accepts"
+    if "shape" in text or "size" in text:
+        return "give example inputs of a shape that the model accepts in eager mode"
+    return "run the model eagerly on the same inputs first; if that works, use torch.compile(model, backend='compiled_attn')"
