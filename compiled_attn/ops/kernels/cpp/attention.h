@@ -1,0 +1,422 @@
+// softmax(scale * q k^T + bias) v by online softmax, the N x M scores never stored.
+//
+//   q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv] are read in place by their strides, channel stride 1; any D and Dv.
+//   bias, if any, is added to the scaled scores, read by four strides (0 where it is broadcast).
+//   out [B, H, N, Dv] is written by its strides, channel stride 1.
+//
+// Queries lie in the lanes of the vectors, keys and channels in the rows of the register tile. So the keys and values need
+// no packing, a softmax has no sum across lanes, and no width of the head wastes a lane. One task is one block of at most
+// kMaxVectors * kWidth queries of one head; its memory plan (floats, W = lanes of the block):
+//
+//   queries [D, W]   the block transposed, times scale * log2(e)
+//   scores  [K, W]   of one block of keys; turned into probabilities where they lie
+//   sums    [Dv, W]  the output transposed, rescaled when a later block of keys holds a greater score
+//
+// bfloat16 is multiplied in pairs along the reduction (AVX512-BF16), summed in float32; without that instruction it is
+// widened to float32 block by block. A row whose scores are all minus infinity gives zeros, as torch's SDPA does.
+#ifndef COMPILED_ATTN_CPP_ATTENTION_H
+#define COMPILED_ATTN_CPP_ATTENTION_H
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace compiled_attn_cpp {
+namespace {
+
+// Sizes, and strides in elements in the order batch, head, token (bias: batch, head, query, key).
+struct AttentionShape {
+  int64_t batch, heads, queries, keys, width, value_width;
+  int64_t q[3], k[3], v[3], out[3], bias[4];
+  float scale;
+  bool causal;  // query i sees the keys 0 to i
+};
+
+#if defined(COMPILED_ATTN_AVX512) || defined(__aarch64__)
+constexpr int kMaxVectors = 4;  // of queries in a block: 32 registers
+#else
+constexpr int kMaxVectors = 2;  // 16 registers
+#endif
+constexpr int64_t kMaxKeys = 128;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Rows of the register tile beside `NV` vectors of queries.
+template <int NV>
+constexpr int tile_rows() {
+  return kMaxVectors == 4 ? (NV == 4 ? 6 : 8) : (NV == 2 ? 5 : 8);
+}
+
+// How one step of the reduction is made of four bytes of a row and a vector of the block.
+struct Single {  // one float32
+  static constexpr int kPerStep = 1;
+  static COMPILED_ATTN_INLINE Vec step(Vec a, Vec b, Vec sum) { return vfma(a, b, sum); }
+};
+#if defined(COMPILED_ATTN_BF16_DOT)
+struct Pair {  // two bfloat16
+  static constexpr int kPerStep = 2;
+  static COMPILED_ATTN_INLINE Vec step(Vec a, Vec b, Vec sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  }
+};
+template <class T>
+using StepOf = std::conditional_t<std::is_same<T, Bf16>::value, Pair, Single>;
+#else
+template <class T>
+using StepOf = Single;
+#endif
+
+// sum[r][j] += over t of a(r, t) * b[t][j], with a(r, t) the four bytes at a + r * row + t * next.
+template <class Step, int R, int NV>
+COMPILED_ATTN_INLINE void tile(const char* a, int64_t row, int64_t next, const float* b, int64_t steps,
+                               Vec (&sum)[R][NV]) {
+  for (int64_t t = 0; t < steps; ++t) {
+    Vec column[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) column[j] = vload(b + j * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float bits;
+      std::memcpy(&bits, a + r * row, 4);
+      const Vec value = vset(bits);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sum[r][j] = Step::step(value, column[j], sum[r][j]);
+    }
+    a += next;
+    b += NV * kWidth;
+  }
+}
+
+// Calls f(first row, rows as a constant) over [0, count), in tiles of R rows, the rest in fours, twos and ones.
+template <int R, class F>
+COMPILED_ATTN_INLINE void by_tiles(int64_t count, const F& f) {
+  int64_t r = 0;
+  for (; r + R <= count; r += R) f(r, std::integral_constant<int, R>());
+  for (; r + 4 <= count; r += 4) f(r, std::integral_constant<int, 4>());
+  for (; r + 2 <= count; r += 2) f(r, std::integral_constant<int, 2>());
+  for (; r < count; ++r) f(r, std::integral_constant<int, 1>());
+}
+
+// One block of NV * kWidth queries of one head against all keys.
+template <class T, class Bias, int NV>
+class QueryBlock {
+  using Step = StepOf<T>;
+  static constexpr int W = NV * kWidth;
+  static constexpr bool kWiden = std::is_same<T, Bf16>::value && Step::kPerStep == 1;
+
+ public:
+  static int64_t floats(const AttentionShape& s) {
+    const int64_t copies = std::is_same<T, Bf16>::value ? kMaxKeys * (s.width + s.value_width) : 0;
+    return W * (s.width + 1 + s.value_width + kMaxKeys + (std::is_same<Bias, void>::value ? 0 : kMaxKeys)) + copies;
+  }
+
+  QueryBlock(const AttentionShape& shape, float* memory) : s(shape) {
+    queries = memory;
+    scores = queries + (s.width + 1) * W;
+    sums = scores + kMaxKeys * W;
+    added = sums + s.value_width * W;
+    copies = added + (std::is_same<Bias, void>::value ? 0 : kMaxKeys * W);
+  }
+
+  // `q`, `k`, `v`, `out` point at the head, `bias` too; the block is the queries [first, first + count).
+  void run(const T* q, const T* k, const T* v, const Bias* bias, T* out, int64_t first, int64_t count) {
+    load_queries(q + first * s.q[2], count);
+    for (int j = 0; j < NV; ++j) {
+      greatest[j] = vset(kMinusInfinity);
+      total[j] = vset(0.f);
+      vstore(before + j * kWidth, greatest[j]);
+      for (int lane = 0; lane < kWidth; ++lane) position[j * kWidth + lane] = float(first + j * kWidth + lane);
+    }
+    std::fill(sums, sums + s.value_width * W, 0.f);
+    const int64_t seen = s.causal ? std::min(s.keys, first + count) : s.keys;
+    const int64_t blocks = (seen + kMaxKeys - 1) / kMaxKeys;
+    constexpr int64_t whole = 2 * tile_rows<NV>();
+    const int64_t size = blocks ? ((seen + blocks - 1) / blocks + whole - 1) / whole * whole : 0;
+    for (int64_t begin = 0; begin < seen; begin += std::min(size, kMaxKeys)) {
+      const int64_t keys = std::min(std::min(size, kMaxKeys), seen - begin);
+      if constexpr (!std::is_same<Bias, void>::value) load_bias(bias, first, count, begin, keys);
+      score(k + begin * s.k[2], begin, keys, s.causal && begin + keys > first + 1);
+      soften(keys);
+      gather(v + begin * s.v[2], keys);
+    }
+    store(out + first * s.out[2], count);
+  }
+
+ private:
+  // queries [D, W], or [ceil(D / 2), W] of pairs: the block transposed.
+  COMPILED_ATTN_INLINE void load_queries(const T* q, int64_t count) {
+    constexpr int64_t per = kWidth * Step::kPerStep;
+    for (int j = 0; j < NV; ++j) {
+      const int64_t rows = std::min<int64_t>(kWidth, std::max<int64_t>(0, count - j * kWidth));
+      for (int64_t d = 0; d < s.width; d += per) {
+        const int64_t channels = std::min(per, s.width - d);
+        Vec r[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+          const T* from = q + (j * kWidth + i) * s.q[2] + d;
+          if (i >= rows) {
+            r[i] = vset(0.f);
+          } else if constexpr (Step::kPerStep == 2) {
+            T pairs[per] = {};
+            std::memcpy(pairs, from, channels * sizeof(T));
+            std::memcpy(&r[i], pairs, sizeof(Vec));
+          } else {
+            r[i] = vmul(vload(from, channels), vset(s.scale * kLog2e));
+          }
+        }
+        vtranspose(r);
+        const int64_t steps = (channels + Step::kPerStep - 1) / Step::kPerStep;
+        for (int64_t i = 0; i < steps; ++i) vstore(queries + (d / Step::kPerStep + i) * W + j * kWidth, r[i]);
+      }
+    }
+  }
+
+  // added [keys, W] = bias * log2(e), transposed.
+  COMPILED_ATTN_INLINE void load_bias(const Bias* bias, int64_t first, int64_t count, int64_t begin, int64_t keys) {
+    const Bias* from = bias + first * s.bias[2] + begin * s.bias[3];
+    const Vec unit = vset(kLog2e);
+    for (int j = 0; j < NV; ++j) {
+      const int64_t rows = std::min<int64_t>(kWidth, std::max<int64_t>(0, count - j * kWidth));
+      for (int64_t key = 0; key < keys; key += kWidth) {
+        const int64_t columns = std::min<int64_t>(kWidth, keys - key);
+        Vec r[kWidth];
+        if (s.bias[2] == 0) {
+          for (int64_t i = 0; i < columns; ++i) r[i] = vset(to_float(from[(key + i) * s.bias[3]]));
+        } else {
+          for (int i = 0; i < kWidth; ++i) r[i] = i < rows ? bias_row(from, j * kWidth + i, key, columns) : vset(0.f);
+          vtranspose(r);
+        }
+        for (int64_t i = 0; i < columns; ++i) vstore(added + (key + i) * W + j * kWidth, vmul(r[i], unit));
+      }
+    }
+  }
+
+  COMPILED_ATTN_INLINE Vec bias_row(const Bias* from, int64_t query, int64_t key, int64_t columns) {
+    from += query * s.bias[2] + key * s.bias[3];
+    if (s.bias[3] == 1) return columns == kWidth ? vload(from) : vload(from, columns);
+    float lanes[kWidth] = {};
+    for (int64_t i = 0; i < columns; ++i) lanes[i] = to_float(from[i * s.bias[3]]);
+    return vload(lanes);
+  }
+
+  // scores [keys, W] = log2(e) * (scale * k q^T + bias), and the greatest of each lane so far.
+  COMPILED_ATTN_INLINE void score(const T* k, int64_t begin, int64_t keys, bool masked) {
+    int64_t stride = s.k[2] * int64_t(sizeof(T));
+    const char* rows = reinterpret_cast<const char*>(k);
+    if constexpr (kWiden) {
+      rows = widen_rows(k, s.k[2], keys, s.width, copies);
+      stride = s.width * 4;
+    }
+    const int64_t steps = s.width / Step::kPerStep;
+    by_tiles<tile_rows<NV>()>(keys, [&](int64_t key, auto count) __attribute__((always_inline)) {
+      constexpr int R = decltype(count)::value;
+      Vec sum[R][NV];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) sum[r][j] = vset(0.f);
+      tile<Step>(rows + key * stride, stride, 4, queries, steps, sum);
+      if constexpr (Step::kPerStep == 2) {
+        if (s.width & 1) odd_channel(k + key * s.k[2], sum);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+          Vec x = sum[r][j];
+          const int64_t at = (key + r) * W + j * kWidth;
+          if constexpr (Step::kPerStep == 2) x = vmul(x, vset(s.scale * kLog2e));
+          if constexpr (!std::is_same<Bias, void>::value) x = vadd(x, vload(added + at));
+          if (masked) {
+            x = vless(vload(position + j * kWidth), vset(float(begin + key + r)), vset(kMinusInfinity), x);
+          }
+          greatest[j] = vmax(x, greatest[j]);
+          vstore(scores + at, x);
+        }
+      }
+    });
+  }
+
+  template <int R>
+  COMPILED_ATTN_INLINE void odd_channel(const T* k, Vec (&sum)[R][NV]) {
+    const float* last = queries + s.width / 2 * W;
+    for (int r = 0; r < R; ++r) {
+      float bits = 0.f;
+      std::memcpy(&bits, k + r * s.k[2] + s.width - 1, sizeof(T));
+      for (int j = 0; j < NV; ++j) sum[r][j] = Step::step(vset(bits), vload(last + j * kWidth), sum[r][j]);
+    }
+  }
+
+  // scores -> probabilities up to the later division (of pairs: [ceil(keys / 2), W]); total, and the factor for sums.
+  COMPILED_ATTN_INLINE void soften(int64_t keys) {
+    Vec shift[NV];
+    Vec part[NV];
+    for (int j = 0; j < NV; ++j) {
+      shift[j] = vless(greatest[j], vset(std::numeric_limits<float>::lowest()), vset(0.f), greatest[j]);
+      factor[j] = vexp2(vsub(vload(before + j * kWidth), shift[j]));
+      part[j] = vset(0.f);
+    }
+    int64_t key = 0;
+#if defined(COMPILED_ATTN_BF16_DOT)
+    if constexpr (Step::kPerStep == 2) {
+      const __m512i mixed = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+      for (; key < keys; key += 2) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+          const float* from = scores + key * W + j * kWidth;
+          const Vec low = vexp2(vsub(vload(from), shift[j]));
+          const Vec high = key + 1 < keys ? vexp2(vsub(vload(from + W), shift[j])) : vset(0.f);
+          part[j] = vadd(part[j], vadd(low, high));
+          const __m512i both = _mm512_permutexvar_epi16(mixed, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+          vstore(scores + key / 2 * W + j * kWidth, _mm512_castsi512_ps(both));
+        }
+      }
+    }
+#endif
+    for (; key < keys; ++key) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        float* at = scores + key * W + j * kWidth;
+        const Vec p = vexp2(vsub(vload(at), shift[j]));
+        part[j] = vadd(part[j], p);
+        vstore(at, p);
+      }
+    }
+    for (int j = 0; j < NV; ++j) {
+      total[j] = vfma(total[j], factor[j], part[j]);
+      vstore(before + j * kWidth, greatest[j]);
+    }
+  }
+
+  // sums [Dv, W] = factor * sums + v^T probabilities.
+  COMPILED_ATTN_INLINE void gather(const T* v, int64_t keys) {
+    int64_t next = s.v[2] * int64_t(sizeof(T));
+    const char* columns = reinterpret_cast<const char*>(v);
+    if constexpr (kWiden) {
+      columns = widen_rows(v, s.v[2], keys, s.value_width, copies);
+      next = s.value_width * 4;
+    } else if constexpr (Step::kPerStep == 2) {
+      columns = pair_rows(v, keys);
+      next = s.value_width * 4;
+    }
+    const int64_t steps = (keys + Step::kPerStep - 1) / Step::kPerStep;
+    by_tiles<tile_rows<NV>()>(s.value_width, [&](int64_t d, auto count) __attribute__((always_inline)) {
+      constexpr int R = decltype(count)::value;
+      Vec sum[R][NV];
+      float* at = sums + d * W;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) sum[r][j] = vmul(vload(at + r * W + j * kWidth), factor[j]);
+      tile<Step>(columns + d * 4, 4, next, scores, steps, sum);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) vstore(at + r * W + j * kWidth, sum[r][j]);
+    });
+  }
+
+  // Rows of bfloat16 as rows of float32, packed.
+  static COMPILED_ATTN_INLINE const char* widen_rows(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t d = 0;
+      for (; d + kWidth <= width; d += kWidth) vstore(to + r * width + d, vload(from + r * stride + d));
+      for (; d < width; ++d) to[r * width + d] = to_float(from[r * stride + d]);
+    }
+    return reinterpret_cast<const char*>(to);
+  }
+
+  // The values of each two keys side by side: [ceil(keys / 2), Dv] of pairs.
+  COMPILED_ATTN_INLINE const char* pair_rows(const T* v, int64_t keys) {
+    uint32_t* to = reinterpret_cast<uint32_t*>(copies);
+    for (int64_t key = 0; key < keys; key += 2) {
+      const T* low = v + key * s.v[2];
+      const T* high = low + s.v[2];
+      int64_t d = 0;
+#if defined(COMPILED_ATTN_BF16_DOT)
+      for (; d + kWidth <= s.value_width && key + 1 < keys; d += kWidth) {
+        const __m512i upper = _mm512_castps_si512(vload(high + d));
+        const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(vload(low + d)), 16);
+        _mm512_storeu_si512(to + d, _mm512_or_si512(upper, lower));
+      }
+#endif
+      for (; d < s.value_width; ++d) to[d] = low[d].bits | (key + 1 < keys ? uint32_t(high[d].bits) << 16 : 0u);
+      to += s.value_width;
+    }
+    return reinterpret_cast<const char*>(copies);
+  }
+
+  // out = sums / total, transposed back.
+  COMPILED_ATTN_INLINE void store(T* out, int64_t count) {
+    for (int j = 0; j < NV; ++j) {
+      const int64_t rows = std::min<int64_t>(kWidth, count - j * kWidth);
+      float divisor[kWidth];
+      vstore(divisor, total[j]);
+      for (int i = 0; i < kWidth; ++i) divisor[i] = divisor[i] == 0.f ? 0.f : 1.f / divisor[i];
+      const Vec inverse = vload(divisor);
+      for (int64_t d = 0; d < s.value_width; d += kWidth) {
+        const int64_t channels = std::min<int64_t>(kWidth, s.value_width - d);
+        Vec r[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+          r[i] = i < channels ? vmul(vload(sums + (d + i) * W + j * kWidth), inverse) : vset(0.f);
+        }
+        vtranspose(r);
+        for (int64_t i = 0; i < rows; ++i) vstore(out + (j * kWidth + i) * s.out[2] + d, r[i], channels);
+      }
+    }
+  }
+
+  const AttentionShape& s;
+  float *queries, *scores, *sums, *added, *copies;
+  Vec greatest[NV], total[NV], factor[NV];
+  float before[W], position[W];
+};
+
+template <class T, class Bias, int NV>
+void run_block(const AttentionShape& s, const T* q, const T* k, const T* v, const Bias* bias, T* out, int64_t first,
+               float* memory) {
+  QueryBlock<T, Bias, NV>(s, memory).run(q, k, v, bias, out, first, std::min<int64_t>(NV * kWidth, s.queries - first));
+}
+
+// `Bias` is void where there is none. Threads: OpenMP's, one task a block of queries.
+template <class T, class Bias>
+void attention(const AttentionShape& s, const T* q, const T* k, const T* v, const Bias* bias, T* out) {
+  const int64_t vectors = (s.queries + kWidth - 1) / kWidth;
+  const int64_t blocks = (vectors + kMaxVectors - 1) / kMaxVectors;
+  const int64_t tasks = s.batch * s.heads * blocks;
+  const int64_t floats = QueryBlock<T, Bias, kMaxVectors>::floats(s);
+#pragma omp parallel if (tasks > 1)
+  {
+    std::unique_ptr<float[]> memory(new float[floats + kWidth]);
+    const uintptr_t line = 64;
+    float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.get()) + line - 1) / line * line);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t block = task % blocks, head = task / blocks % s.heads, b = task / blocks / s.heads;
+      // The vectors are dealt evenly: 13 are 4 + 3 + 3 + 3.
+      const int64_t begin = block * (vectors / blocks) + std::min(block, vectors % blocks);
+      const int64_t count = vectors / blocks + (block < vectors % blocks);
+      const T* q_head = q + b * s.q[0] + head * s.q[1];
+      const T* k_head = k + b * s.k[0] + head * s.k[1];
+      const T* v_head = v + b * s.v[0] + head * s.v[1];
+      T* out_head = out + b * s.out[0] + head * s.out[1];
+      const Bias* bias_head = bias;
+      if constexpr (!std::is_same<Bias, void>::value) bias_head += b * s.bias[0] + head * s.bias[1];
+      const int64_t first = begin * kWidth;
+      if (count == 1) run_block<T, Bias, 1>(s, q_head, k_head, v_head, bias_head, out_head, first, aligned);
+      if (count == 2) run_block<T, Bias, 2>(s, q_head, k_head, v_head, bias_head, out_head, first, aligned);
+      if constexpr (kMaxVectors == 4) {
+        if (count == 3) run_block<T, Bias, 3>(s, q_head, k_head, v_head, bias_head, out_head, first, aligned);
+        if (count == 4) run_block<T, Bias, 4>(s, q_head, k_head, v_head, bias_head, out_head, first, aligned);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace compiled_attn_cpp
+
+#endif
