@@ -38,7 +38,7 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What the runner saw of one pass. error: largest difference of the outputs when compared, relative to their size."""
+    """What the runner saw of a pass. error: when compared, the largest difference of the outputs over their size."""
 
     name: str
     exact: bool

@@ -6,14 +6,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compiled_attn.passes.base import Pass
+from compiled_attn.passes.canonicalize import Canonicalize
+from compiled_attn.passes.fold_batch_norm import FoldBatchNorm
+from compiled_attn.passes.fold_constants import FoldConstants
+from compiled_attn.passes.raise_attention import RaiseAttention
 
 if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
 
 
-def default(target: Target, mode: str, named: Sequence[Pass] = ()) -> list[Pass]:
-    """The target's pipeline, with the passes that the user named between raising and the choice of kernels."""
-    from compiled_attn.passes.canonicalize import Canonicalize
+def default(target: Target, mode: str, named: Sequence[Pass] = (), *, tune: str = "heuristic") -> list[Pass]:
+    """The target's pipeline, with the passes that the user named after raising and before kernels are chosen."""
+    from compiled_attn.passes.choose_attention import ChooseAttention
+    from compiled_attn.passes.pack_linear import PackLinear
 
-    del target, mode
-    return [Canonicalize(), *named]
+    if mode == "train":
+        return [RaiseAttention(), *named]
+    passes: list[Pass] = [Canonicalize(), FoldBatchNorm(), FoldConstants(), RaiseAttention(), *named, Canonicalize()]
+    if target.kind == "cpu":
+        passes += [ChooseAttention(), PackLinear(tune=tune)]
+    return passes

@@ -42,6 +42,12 @@ def capture(
             facts="capture records the parameters of a module",
             do="wrap the function in a module whose forward calls it",
         )
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise CaptureError(
+            f"{type(model).__name__} can not be captured under autocast",
+            facts="autocast is on, and a captured graph would not hold its casts",
+            do="leave the autocast block and give precision='bf16'; what compile() returns may be called in it",
+        )
     args, kwargs = tuple(args), dict(kwargs or {})
     example = (args, kwargs)
     shapes = named_dimensions(dynamic_shapes)
@@ -162,4 +168,4 @@ def _advice(error: Exception, text: str) -> str:
         return "give example inputs that the model's forward accepts"
     if "shape" in text or "size" in text:
         return "give example inputs of a shape that the model accepts in eager mode"
-    return "run the model eagerly on the same inputs first; if that works, use torch.compile(model, backend='compiled_attn')"
+    return "run the model eagerly on these inputs; if that works, use torch.compile(model, backend='compiled_attn')"
