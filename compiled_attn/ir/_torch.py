@@ -5,9 +5,11 @@ Contract tests in tests/ir/test_torch.py hold each function to what it promises 
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -119,3 +121,112 @@ def compile_fx(module: fx.GraphModule, example_inputs: list[Any], options: dict[
     from torch._inductor.compile_fx import compile_fx as inner
 
     return inner(module, example_inputs, config_patches=options or {})
+
+
+def dynamo_inputs(module: fx.GraphModule) -> list[Any]:
+    """The fake values of a Dynamo graph's placeholders, in order; None where Dynamo recorded no value."""
+    return [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
+
+
+def dynamo_aten(module: fx.GraphModule, fakes: list[Any], *, functional: bool) -> tuple[fx.GraphModule, dict[str, str]]:
+    """Pre-dispatch ATen of a Dynamo graph, traced in Dynamo's own fake mode; provenance of every node is kept.
+
+    functional: without in-place ops; the new values of mutated inputs are then the first outputs, and the second result
+    maps each such output's name to the name of the placeholder that it overwrites.
+    """
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.fx.traceback import preserve_node_meta
+
+    modes = [f.fake_mode for f in fakes if isinstance(f, FakeTensor)]
+    mode = modes[0] if modes else FakeTensorMode(shape_env=ShapeEnv())
+    with tracing(TracingContext(mode)), mode, preserve_node_meta():
+        if functional:
+            found, signature = aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
+            return found, dict(signature.user_inputs_to_mutate)
+        return make_fx(fx.Interpreter(module).run, pre_dispatch=True)(*fakes), {}
+
+
+def carry_dynamo_marks(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """What AOTAutograd reads off a Dynamo graph (sources for its guards, static inputs), put on its rewritten form.
+
+    Both have the same placeholders in the same order; the new form may have others, of constants, in front.
+    """
+    new.meta.update(old.meta)
+    for name in ("_param_name_to_source",):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    before = [n for n in old.graph.nodes if n.op == "placeholder"]
+    after = [n for n in new.graph.nodes if n.op == "placeholder"]
+    front = len(after) - len(before)
+    for node in after[:front]:
+        node._dynamo_source = None
+    for a, b in zip(before, after[front:], strict=True):
+        if hasattr(a, "_dynamo_source"):
+            b._dynamo_source = a._dynamo_source
+        for key in ("tensor_dict", "example_value"):
+            if key in a.meta:
+                b.meta[key] = a.meta[key]
+
+
+def module_call(in_spec: Any, out_spec: Any) -> Any:
+    """torch.export's record of how the whole program is called."""
+    from torch.export import ModuleCallEntry, ModuleCallSignature
+
+    return ModuleCallEntry(fqn="", signature=ModuleCallSignature([], [], in_spec, out_spec))
+
+
+def shape_conditions(shape_env: Any) -> list[Any]:
+    """Conditions on symbolic sizes that tracing relied on, as sympy expressions: guards and deferred assertions."""
+    if shape_env is None:
+        return []
+    deferred = getattr(shape_env, "deferred_runtime_asserts", {})
+    found = [g.expr for g in shape_env.guards] + [a.expr for group in deferred.values() for a in group]
+    return list(dict.fromkeys(shape_env.simplify(e) for e in found))
+
+
+def symbol_range(shape_env: Any, symbol: Any, ranges: Any) -> tuple[int, int | None]:
+    """Lowest and highest size of a symbol (None: no highest); `ranges`, as an ExportedProgram states them, go first."""
+    found = ranges[symbol] if symbol in ranges else shape_env.bound_sympy(symbol)
+    low, high = (int(end) if getattr(end, "is_Integer", isinstance(end, int)) else None for end in (found.lower, found.upper))
+    return max(low or 0, 0), high
+
+
+@cache
+def loads_directories() -> bool:
+    """Whether AOTInductor's package loader takes an unpacked package (torch 2.13) beside a `.pt2` file."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            package_loader(folder)
+        except RuntimeError as error:
+            return "zip" not in str(error)
+    return True
+
+
+def package_loader(path: str, *, device_index: int = -1, runners: int = 1) -> Any:
+    """AOTInductor's loader of the model in a package; opens its library. `.boxed_run(list of tensors)` runs it."""
+    return torch._C._aoti.AOTIModelPackageLoader(path, "model", False, runners, device_index)
+
+
+def refined_shapes(message: str, shapes: Any) -> Any:
+    """dynamic_shapes with the ranges and multiples that torch.export's error suggests.
+
+    None where it suggests nothing, or where it would make a dynamic dimension static.
+    """
+    if "Suggested fixes" not in message:
+        return None
+    from torch.export import Dim
+    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+    from torch.utils import _pytree as pytree
+
+    try:
+        refined = refine_dynamic_shapes_from_suggested_fixes(message, shapes)
+    except Exception:  # the suggestion is one that torch itself can not read
+        return None
+    leaves = pytree.tree_leaves(refined)
+    dynamic = sum(isinstance(leaf, (Dim, type(Dim("probe")))) for leaf in leaves)
+    before = sum(isinstance(leaf, (Dim, type(Dim("probe")))) for leaf in pytree.tree_leaves(shapes))
+    return refined if dynamic == before and not any(isinstance(leaf, int) for leaf in leaves) else None

@@ -1,0 +1,63 @@
+"""The machine as a contract names it: platform, architecture and the instruction sets that compiled code may use."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable
+
+from compiled_attn.ir import machine
+from compiled_attn.ir.errors import ContractError
+from compiled_attn.ir.targets import Target
+from compiled_attn.runtime.contract import Needs
+
+# What a compiler told -march=native uses of its own accord, or Inductor's kernels by intrinsics (names as in /proc/cpuinfo).
+COMPILED = frozenset(
+    "ssse3 sse4_1 sse4_2 popcnt abm movbe bmi1 bmi2 avx avx2 fma f16c avx_vnni gfni vaes vpclmulqdq avx512f avx512cd "
+    "avx512bw avx512dq avx512vl avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq "
+    "avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 amx_fp16 asimd asimdhp asimddp asimdrdm asimdfhm fphp atomics "
+    "bf16 i8mm sve sve2 svebf16 svei8mm sme sme2".split()
+)
+
+
+def needs_of(target: Target, isa: Iterable[str] | None = None) -> Needs:
+    """What code that was compiled here for `target` needs. isa: extensions it was limited to; None: all of this CPU's."""
+    flags = set(machine.here().flags & COMPILED if isa is None else isa)
+    if target.kind == "cuda":
+        flags.add(f"sm_{target.sm}")
+    return Needs(target.name, target.kind, sys.platform, platform.machine(), tuple(sorted(flags)))
+
+
+def require_machine(needs: Needs, where: str) -> None:
+    """Raises ContractError where this machine is another one than the artifact needs."""
+    here, built = f"{sys.platform} {platform.machine()}", f"{needs.platform} {needs.machine}"
+    if here != built:
+        raise ContractError(
+            "the artifact was built for another kind of machine",
+            where=where,
+            facts=f"built for {built}, this is {here}",
+            do="export the model on a machine of this kind",
+        )
+    found = machine.here()
+    missing = [f for f in needs.isa if not f.startswith("sm_") and f not in found.flags]
+    if missing:
+        raise ContractError(
+            "this CPU lacks instructions that the artifact needs",
+            where=where,
+            facts=f"it needs {', '.join(missing)}",
+            do="export the model on a CPU of this kind",
+        )
+    if needs.device == "cuda":
+        _require_gpu(needs, found, where)
+
+
+def _require_gpu(needs: Needs, found: machine.Machine, where: str) -> None:
+    wanted = next((int(f[3:]) for f in needs.isa if f.startswith("sm_") and f[3:].isdigit()), 0)
+    if any(g.sm // 10 == wanted // 10 and g.sm >= wanted for g in found.gpus):
+        return
+    raise ContractError(
+        "the artifact needs a GPU that is not here",
+        where=where,
+        facts=f"it needs compute capability {wanted / 10}; here are {', '.join(g.name for g in found.gpus) or 'none'}",
+        do="run it on such a GPU, or export the model for target='cpu'",
+    )
