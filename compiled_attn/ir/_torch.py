@@ -64,6 +64,11 @@ def expression(value: Any) -> Any:
     return value.node.expr if isinstance(value, torch.SymInt) else value
 
 
+def declared(value: Any) -> Any:
+    """The expression a SymInt was declared with, whatever has been learnt since; or the int itself."""
+    return value.node._expr if isinstance(value, torch.SymInt) else value
+
+
 def statically_true(condition: Any) -> bool:
     """Whether a (symbolic) condition holds for every allowed value; never adds a guard, never reads a hint."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -72,15 +77,18 @@ def statically_true(condition: Any) -> bool:
 
 
 def specialised(shape_env: Any) -> dict[str, int]:
-    """Symbols of a ShapeEnv that have been pinned to one value: name -> value."""
+    """Symbols of a ShapeEnv that have been pinned to one value, by a replacement or by a guard: name -> value."""
+    import sympy
+
     if shape_env is None:
         return {}
-    return {str(s): int(v) for s, v in shape_env.replacements.items() if getattr(v, "is_Integer", False)}
-
-
-def guard_count(shape_env: Any) -> int:
-    """Number of guards a ShapeEnv holds; grows when code branched on a symbolic value."""
-    return 0 if shape_env is None else len(shape_env.guards)
+    pinned = {str(s): int(v) for s, v in shape_env.replacements.items() if getattr(v, "is_Integer", False)}
+    for guard in shape_env.guards:
+        if isinstance(guard.expr, sympy.Eq):
+            symbols, numbers = guard.expr.free_symbols, [a for a in guard.expr.args if a.is_Integer]
+            if len(symbols) == 1 and numbers and guard.expr.args[0].is_Symbol:
+                pinned[str(next(iter(symbols)))] = int(numbers[0])
+    return pinned
 
 
 def trace(
@@ -191,8 +199,9 @@ def shape_conditions(shape_env: Any) -> list[Any]:
 def symbol_range(shape_env: Any, symbol: Any, ranges: Any) -> tuple[int, int | None]:
     """Lowest and highest size of a symbol (None: no highest); `ranges`, as an ExportedProgram states them, go first."""
     found = ranges[symbol] if symbol in ranges else shape_env.bound_sympy(symbol)
-    low, high = (int(end) if getattr(end, "is_Integer", isinstance(end, int)) else None for end in (found.lower, found.upper))
-    return max(low or 0, 0), high
+    ends = (found.lower, found.upper)
+    low, high = (int(end) if getattr(end, "is_Integer", isinstance(end, int)) else None for end in ends)
+    return max(low or 0, 0), None if high is None or high >= 2**62 else high
 
 
 @cache
@@ -216,17 +225,26 @@ def refined_shapes(message: str, shapes: Any) -> Any:
 
     None where it suggests nothing, or where it would make a dynamic dimension static.
     """
-    if "Suggested fixes" not in message:
+    if "Suggested fixes:" not in message:
         return None
+    fixes = message.split("Suggested fixes:")[1].split("\n\n")[0]
     from torch.export import Dim
     from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
     from torch.utils import _pytree as pytree
 
     try:
-        refined = refine_dynamic_shapes_from_suggested_fixes(message, shapes)
+        refined = refine_dynamic_shapes_from_suggested_fixes(f"Suggested fixes:{fixes.rstrip()}\n", shapes)
     except Exception:  # the suggestion is one that torch itself can not read
         return None
     leaves = pytree.tree_leaves(refined)
     dynamic = sum(isinstance(leaf, (Dim, type(Dim("probe")))) for leaf in leaves)
     before = sum(isinstance(leaf, (Dim, type(Dim("probe")))) for leaf in pytree.tree_leaves(shapes))
     return refined if dynamic == before and not any(isinstance(leaf, int) for leaf in leaves) else None
+
+
+def mark_dynamic(tensor: torch.Tensor, dims: frozenset[int]) -> None:
+    """Asks Dynamo to keep these dimensions symbolic where it can; sizes 0 and 1 stay what they are."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    for dim in sorted(dims):
+        maybe_mark_dynamic(tensor, dim)

@@ -54,7 +54,7 @@ class Program:
     @classmethod
     def from_export(cls, exported: torch.export.ExportedProgram, *, mode: str = "inference") -> Program:
         """The Program of an exported program (its graph is copied, its tensors are shared)."""
-        module = _torch.graph_module_like(exported.graph_module, _copy_graph(exported.graph)[0])
+        module = _torch.graph_module_like(exported.graph_module, copy_graph(exported.graph)[0])
         return cls(
             graph_module=module,
             signature=copy.deepcopy(exported.graph_signature),
@@ -66,9 +66,16 @@ class Program:
             mode=mode,
         )
 
+    @classmethod
+    def from_dynamo(cls, module: fx.GraphModule, example_inputs: list[Any]) -> Program:
+        """The Program of a graph that Dynamo handed to a backend; every input of it is a user input."""
+        from compiled_attn.ir.from_dynamo import from_dynamo
+
+        return from_dynamo(module, example_inputs)
+
     def to_exported(self) -> torch.export.ExportedProgram:
         """An ExportedProgram of the same graph, for saving, packaging and ONNX."""
-        graph, _ = _copy_graph(self.graph)
+        graph, _ = copy_graph(self.graph)
         return torch.export.ExportedProgram(
             root=dict(self.graph_module.named_children()),
             graph=graph,
@@ -156,7 +163,7 @@ class Edit:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.graph, self.node_of = _copy_graph(program.graph)
+        self.graph, self.node_of = copy_graph(program.graph)
         self._new: dict[str, torch.Tensor] = {}
         self._origin: dict[str, tuple[str, ...]] = {}
         self._names: dict[str, str] = {}
@@ -178,14 +185,18 @@ class Edit:
         return fake_call(self.program.fake_mode, target, args, kwargs)
 
     def constant(self, name: str, tensor: torch.Tensor, *, made_from: tuple[str, ...] = ()) -> fx.Node:
-        """A placeholder for a new constant tensor. made_from: names in `state` whose change makes it stale."""
+        """A placeholder for a new constant tensor, kept under `made_<name>`.
+
+        made_from: names in `state` whose change makes it stale.
+        """
+        name = "made_" + name.replace(".", "_")
         fresh, count = name, 0
         while fresh in self.program.state or fresh in self.program.constants or fresh in self._new:
             count += 1
             fresh = f"{name}_{count}"
         first = next(n for n in self.graph.nodes if n.op != "placeholder" or self._is_input(n))
         with self.graph.inserting_before(first):
-            node = self.graph.placeholder("c_" + fresh.replace(".", "_"))
+            node = self.graph.placeholder(fresh)
         mode = self.program.fake_mode
         node.meta["val"] = mode.from_tensor(tensor.detach(), static_shapes=True)
         self._new[fresh] = tensor.detach()
@@ -263,7 +274,7 @@ def fake_call(mode: Any, target: Callable[..., Any], args: Any, kwargs: Any) -> 
         return target(*args, **kwargs)
 
 
-def _copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     new = fx.Graph()
     table: dict[fx.Node, fx.Node] = {}
     output = new.graph_copy(graph, table)
@@ -272,8 +283,8 @@ def _copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     last_new.meta = copy.copy(last_old.meta)
     table[last_old] = last_new
     for old, fresh in table.items():
-        if fresh.name != old.name:  # graph_copy may renumber; names are what the signature refers to
-            fresh._rename(old.name)
+        if fresh.name != old.name:  # fx renames what shadows a builtin (`input`); the signature holds the old name
+            fresh.name = old.name
     return new, table
 
 

@@ -118,21 +118,15 @@ def _is_symbol(node: fx.Node) -> bool:
 def _symbols(before: Program, program: Program, after: str) -> None:
     pinned = _torch.specialised(program.shape_env)
     for old, new in zip(before.inputs, program.inputs, strict=True):
-        a, b = old.meta["val"], new.meta["val"]
-        if not isinstance(a, torch.Tensor):
+        if not isinstance(old.meta["val"], torch.Tensor):
             continue
-        for i, (x, y) in enumerate(zip(a.shape, b.shape, strict=True)):
-            free = _torch.is_symbolic(x) or not isinstance(before_size(before, old.name, i), int)
-            if free and (not _torch.is_symbolic(y) or str(_torch.expression(y)) in pinned):
+        for i, (x, y) in enumerate(zip(old.meta["val"].shape, new.meta["val"].shape, strict=True)):
+            declared, now = _torch.declared(x), _torch.expression(y)
+            names = {str(s) for s in getattr(declared, "free_symbols", ())}
+            if names and (isinstance(now, int) or names & pinned.keys()):
+                value = now if isinstance(now, int) else pinned[next(iter(names & pinned.keys()))]
                 raise VerifyError(
                     f"{after} fixed dimension {i} of input {old.name}, which was symbolic",
-                    facts=f"{before_size(before, old.name, i)} before, {_torch.expression(y)} after",
+                    facts=f"{declared} before, {value} after",
                     do="never branch on a symbolic size in a pass",
                 )
-
-
-def before_size(program: Program, name: str, dimension: int) -> Any:
-    """The declared size of an input's dimension: an int, or the expression that its specification holds."""
-    node = next(n for n in program.inputs if n.name == name)
-    size = node.meta["val"].shape[dimension]
-    return size.node._expr if isinstance(size, torch.SymInt) else size

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compiled_attn.ir import _torch
 from compiled_attn.ir.errors import CaptureError
 from compiled_attn.ir.program import Program
 from compiled_attn.ir.verify import verify
@@ -57,7 +58,21 @@ def capture(
     try:
         with warnings.catch_warnings(), grad:
             warnings.simplefilter("ignore")
-            exported = torch.export.export(
+            exported = _export(model, example, shapes, named=_has_name(dynamic_shapes))
+            if mode == "inference":
+                exported = exported.run_decompositions({})
+    except Exception as error:
+        raise explain_failure(error, model) from error
+    program = Program.from_export(exported, mode=mode)
+    verify(program)
+    return program
+
+
+def _export(model: nn.Module, example: tuple[Any, Any], shapes: Any, *, named: bool) -> torch.export.ExportedProgram:
+    """torch.export; a dimension that was only named takes the range that the model turns out to need, never one size."""
+    for attempt in range(3):
+        try:
+            return torch.export.export(
                 model,
                 example[0],
                 example[1],
@@ -65,15 +80,20 @@ def capture(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            if mode == "inference":
-                exported = exported.run_decompositions({})
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise explain_failure(error, model) from error
-    program = Program.from_export(exported, mode=mode)
-    verify(program)
-    return program
+        except Exception as error:
+            refined = _torch.refined_shapes(str(error), shapes) if named and attempt < 2 else None
+            if refined is None:
+                raise
+            shapes = refined
+    raise AssertionError("unreachable")
+
+
+def _has_name(shapes: Any) -> bool:
+    if isinstance(shapes, Mapping):
+        return any(_has_name(v) for v in shapes.values())
+    if isinstance(shapes, (list, tuple)):
+        return any(_has_name(v) for v in shapes)
+    return isinstance(shapes, str)
 
 
 def named_dimensions(shapes: Any, dims: dict[str, Any] | None = None) -> Any:

@@ -1,0 +1,38 @@
+"""Profiles of hypothesis, quiet logs, and the time budget that the suite holds itself to."""
+
+import os
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("quick", max_examples=25, **COMMON)
+settings.register_profile("check", max_examples=100, **COMMON)
+settings.register_profile("deep", max_examples=2000, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+BUDGET_SECONDS = 35 * 60.0  # README's test command, on two cores
+BEGAN = time.monotonic()
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A run of the ordinary tests that outlives its budget fails, and says so."""
+    spent = time.monotonic() - BEGAN
+    ordinary = "not deep" in (session.config.getoption("-m") or "")
+    if ordinary and spent > BUDGET_SECONDS and exitstatus == 0:
+        print(f"\nthe ordinary tests took {spent:.0f} s; their budget is {BUDGET_SECONDS:.0f} s")
+        session.exitstatus = 1

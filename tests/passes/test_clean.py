@@ -1,0 +1,186 @@
+"""canonicalize, fold-constants, fold-batch-norm and the runner that holds passes to their word."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from compiled_attn.ir import targets
+from compiled_attn.ir.errors import PassError
+from compiled_attn.ir.notes import Notes
+from compiled_attn.passes import Canonicalize, FoldBatchNorm, FoldConstants, run_passes
+from compiled_attn.passes.base import cache_key
+from compiled_attn.runtime.capture import capture
+
+aten = torch.ops.aten
+TARGET = targets.detect()
+CLEAN = (Canonicalize(), FoldConstants(), FoldBatchNorm(), Canonicalize())
+
+
+def run(model, *args, passes=CLEAN, compare=True, **options):
+    program = capture(model.eval(), args, **options)
+    notes = Notes()
+    changed, records = run_passes(program, passes, TARGET, notes, compare=compare)
+    return program, changed, notes, records
+
+
+def ops(program):
+    return [n.target for n in program.graph.nodes if n.op == "call_function"]
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(10, 4))
+        self.register_buffer("index", torch.randint(0, 10, (6,)))
+
+    def forward(self, x):
+        return x + self.table[self.index].softmax(-1).mul(2.0)
+
+
+def test_what_does_not_depend_on_the_input_is_computed_once():
+    _, changed, notes, _ = run(Table(), torch.randn(6, 4))
+    assert ops(changed) == [aten.add.Tensor]
+    assert "from index, table" in str(notes)
+    assert set(changed.origin[next(iter(changed.constants))]) == {"index", "table"}
+
+
+def test_a_broadcast_is_not_stored():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.row = nn.Parameter(torch.randn(1, 64))
+
+        def forward(self, x):
+            return x * self.row.expand(4096, 64).neg()
+
+    _, changed, _, _ = run(Wide(), torch.randn(4096, 64))
+    assert all(t.numel() <= 64 for t in changed.constants.values() if isinstance(t, torch.Tensor))
+
+
+def test_random_values_are_not_folded():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn(3)
+
+    _, changed, _, _ = run(Noise(), torch.randn(3), compare=False)
+    assert aten.randn.default in ops(changed)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 9), (2, 3, 9, 8), (2, 3, 5, 6, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_batch_norm_goes_into_the_convolution_before_it(shape, bias):
+    rank = len(shape) - 2
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](3, 6, 3, bias=bias, groups=3, padding=1)
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1](6)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2), norm.weight.data.normal_()
+    _, changed, _, records = run(nn.Sequential(conv, norm, nn.ReLU()), torch.randn(shape))
+    assert len(ops(changed)) == 2
+    assert max(r.error or 0 for r in records) < 1e-6
+
+
+def test_batch_norm_goes_into_a_linear_before_it():
+    _, changed, _, _ = run(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)), torch.randn(4, 5))
+    assert ops(changed) == [aten.linear.default]
+
+
+def test_a_convolution_that_is_read_twice_is_a_miss_that_says_so():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    _, changed, notes, _ = run(Twice(), torch.randn(1, 3, 4, 4))
+    assert "is read 2 times" in str(notes)
+    assert len(ops(changed)) >= 3
+
+
+def test_no_ops_go_and_repeats_are_merged():
+    class Redundant(nn.Module):
+        def forward(self, x):
+            a = torch.relu(x.to(torch.float32).contiguous() * 1.0)
+            b = torch.relu(nn.functional.dropout(x, 0.1, training=False))
+            return a + b
+
+    _, changed, _, _ = run(Redundant(), torch.randn(3, 4))
+    assert ops(changed) == [aten.relu.default, aten.add.Tensor]
+
+
+def test_a_copy_that_changes_strides_stays():
+    class Strided(nn.Module):
+        def forward(self, x):
+            return x.transpose(0, 1).contiguous().view(-1)
+
+    model = Strided()
+    _, changed, _, _ = run(model, torch.randn(3, 4))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(changed(x), model(x))
+
+
+def test_an_output_never_becomes_an_input():
+    class Copy(nn.Module):
+        def forward(self, x):
+            return x.clone()
+
+    _, changed, _, _ = run(Copy(), torch.randn(3))
+    x = torch.randn(3)
+    assert changed(x).data_ptr() != x.data_ptr()
+
+
+def test_a_second_run_changes_nothing_and_gives_the_same_text():
+    program, changed, _, _ = run(Table(), torch.randn(6, 4))
+    again, records = run_passes(changed, CLEAN, TARGET, Notes())
+    assert again is changed and not any(r.changed for r in records)
+    twice, _ = run_passes(program, CLEAN, TARGET, Notes())
+    assert str(twice) == str(changed)
+
+
+def test_symbols_stay_free():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    _, changed, _, _ = run(model, torch.randn(2, 3, 8, 8), dynamic_shapes=({0: "batch", 2: "rows"},))
+    x = torch.randn(5, 3, 11, 8)
+    torch.testing.assert_close(changed(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Liar:
+    name: ClassVar[str] = "liar"
+    exact: ClassVar[bool] = True
+
+    def run(self, program, target, notes):
+        del target, notes
+        edit = program.edit()
+        last = [n for n in edit.graph.nodes if n.op == "call_function"][-1]
+        with edit.graph.inserting_after(last):
+            new = edit.call(aten.mul.Tensor, (last, 1.01), like=last)
+        edit.replace(last, new)
+        return edit.finish(self.name)
+
+
+def test_the_runner_catches_an_exact_pass_that_changes_numbers():
+    with pytest.raises(PassError, match="changed the numbers"):
+        run(nn.Linear(3, 3), torch.randn(2, 3), passes=[Liar()])
+
+
+def test_the_runner_refuses_what_is_no_pass():
+    with pytest.raises(PassError, match="is not a pass"):
+        run(nn.Linear(3, 3), torch.randn(2, 3), passes=[Canonicalize])
+
+
+def test_the_runner_dumps_before_and_after(tmp_path):
+    program = capture(Table().eval(), (torch.randn(6, 4),))
+    run_passes(program, CLEAN, TARGET, Notes(), dump=tmp_path)
+    before, after = tmp_path / "01-fold-constants.before.txt", tmp_path / "01-fold-constants.after.txt"
+    assert "softmax" in before.read_text() and "softmax" not in after.read_text()
+
+
+def test_the_cache_key_knows_options_and_order():
+    assert cache_key([FoldConstants()]) == cache_key([FoldConstants()])
+    assert cache_key([FoldConstants()]) != cache_key([FoldConstants(growth=2.0)])
+    assert cache_key([FoldConstants(), Canonicalize()]) != cache_key([Canonicalize(), FoldConstants()])
