@@ -1,0 +1,7 @@
+"""The vocabulary: ops that say what attention models do. Each is `torch.ops.compiled_attn.<name>` and a record here."""
+
+from compiled_attn.ir.op import OPS, Op
+from compiled_attn.ops.attention import attention, attention_with_class_row
+from compiled_attn.ops.tokens import select_tokens
+
+__all__ = ["OPS", "Op", "attention", "attention_with_class_row", "select_tokens"]

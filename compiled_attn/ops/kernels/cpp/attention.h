@@ -390,8 +390,8 @@ void attention(const AttentionShape& s, const T* q, const T* k, const T* v, cons
   const int64_t floats = QueryBlock<T, Bias, kMaxVectors>::floats(s);
 #pragma omp parallel if (tasks > 1)
   {
-    std::unique_ptr<float[]> memory(new float[floats + kWidth]);
-    const uintptr_t line = 64;
+    constexpr uintptr_t line = 64;  // bytes
+    std::unique_ptr<float[]> memory(new float[floats + line / sizeof(float)]);
     float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.get()) + line - 1) / line * line);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
