@@ -248,3 +248,171 @@ def mark_dynamic(tensor: torch.Tensor, dims: frozenset[int]) -> None:
 
     for dim in sorted(dims):
         maybe_mark_dynamic(tensor, dim)
+
+
+def size_bounds(size: Any, ranges: Any) -> tuple[int, int | None]:
+    """Lowest and highest value of a size from the declared `ranges` of its symbols (None: no highest); never a hint."""
+    from torch.utils._sympy.value_ranges import bound_sympy
+
+    if isinstance(size, int):
+        return size, size
+    found = bound_sympy(expression(size), dict(ranges))
+    low, high = (int(end) if getattr(end, "is_Integer", False) else None for end in (found.lower, found.upper))
+    return max(low or 0, 0), None if high is None or high >= 2**62 else high
+
+
+class CppView:
+    """A tensor as a C++ template's source sees it.
+
+    pointer: expression of its first element, `ctype*` (inputs const).  sizes, strides: expressions, in elements.
+    """
+
+    def __init__(self, kernel: Any, node: Any, pointer: str) -> None:
+        from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+
+        layout = node.get_layout()
+        self.dtype: torch.dtype = layout.dtype
+        self.ctype: str = DTYPE_TO_CPP[layout.dtype]
+        offset = _cpp_expression(kernel, layout.offset)
+        self.pointer = pointer if offset == "0L" else f"({pointer} + {offset})"
+        self.sizes = tuple(_cpp_expression(kernel, s) for s in layout.size)
+        self.strides = tuple(_cpp_expression(kernel, s) for s in layout.stride)
+
+
+def _cpp_expression(kernel: Any, expr: Any) -> str:
+    import sympy
+    from torch._inductor.codegen.cpp_utils import cexpr_index
+
+    return cexpr_index(kernel.rename_indexing(sympy.sympify(expr)))
+
+
+@cache
+def _cpp_template_class() -> Any:
+    """A CppTemplate whose source is what a plain function writes around the kernel's declaration."""
+    from torch._inductor.codegen.cpp import get_export_declaration
+    from torch._inductor.codegen.cpp_template import CppTemplate
+    from torch._inductor.virtualized import V
+
+    class InlinedHeader(CppTemplate):
+        def __init__(self, name: str, inputs: dict[str, Any], layout: Any, source: Callable[..., tuple[str, str]]):
+            super().__init__(name, list(inputs.values()), layout, num_threads=1)
+            self.named_inputs = inputs
+            self.source = source
+
+        def render(self, kernel: Any = None, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> Any:
+            if epilogue_nodes:
+                raise RuntimeError(f"Inductor fused {epilogue_nodes} behind {self.name}, which takes no epilogue")
+            outputs = template_buffer_node.outputs or [template_buffer_node]
+            kept = {
+                f"out_{i}": node for i, node in enumerate(outputs) if node.get_name() not in V.graph.removed_buffers
+            }
+            offsets = [node.get_layout().offset for node in self.named_inputs.values()]
+            declaration = kernel.def_kernel(inputs=self.named_inputs, outputs=kept, extra_sizevars=offsets)
+            views: dict[str, CppView | None] = {}
+            for name, node in self.named_inputs.items():
+                views[name] = CppView(kernel, node, kernel.args.input_buffers[node.get_name()])
+            for i in range(len(outputs)):
+                node = kept.get(f"out_{i}")
+                views[f"out_{i}"] = None if node is None else CppView(kernel, node, f"out_{i}")
+            header, body = self.source(views)
+            code = self.header()
+            code.splice(header)
+            code.writeline(f'extern "C" {get_export_declaration()}')
+            code.writeline(declaration)
+            with code.indent():
+                code.splice("{\n" + body + "\n}")
+            return code.getvalue()
+
+    return InlinedHeader
+
+
+def cpp_template(
+    name: str,
+    inputs: dict[str, Any],
+    outputs: list[tuple[torch.dtype, list[Any], list[Any]]],
+    source: Callable[[dict[str, CppView | None]], tuple[str, str]],
+) -> tuple[Any, ...]:
+    """Inside a lowering: one kernel that fills `outputs`, each (dtype, sizes, strides); returns Inductor's values.
+
+    inputs: name -> Inductor value; read in place where its last dimension is dense, else copied.
+    source: views by name (`out_0`, `out_1`, ...; None for an output that nothing reads) -> header text, statements.
+    Nothing is fused behind the kernel. Several outputs leave as the buffers of a multi-output template, each with its
+    own layout, which Inductor allocates and the kernel fills.
+    """
+    from torch._inductor import ir
+    from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+    from torch._inductor.utils import Placeholder
+    from torch._inductor.virtualized import V
+
+    nodes = {k: _dense_last(v) for k, v in inputs.items()}
+    device = next(iter(nodes.values())).get_device()
+    layouts = [ir.FixedLayout(device, dtype, sizes, strides) for dtype, sizes, strides in outputs]
+    template = _cpp_template_class()(name, nodes, layouts[0], source)
+
+    def make_kernel_render(template_node: Any, *_: Any, epilogue_nodes: Any = None, **__: Any) -> tuple[Any, Any]:
+        kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=1)
+
+        def render() -> str:
+            return kernel.render(template, template_buffer_node=template_node, epilogue_nodes=epilogue_nodes)
+
+        return kernel, render
+
+    buffer = ir.CppTemplateBuffer(layouts[0], list(nodes.values()), make_kernel_render, template, None)
+    V.graph.no_fuse_buffer_names.add(buffer.get_name())
+    if len(layouts) == 1:
+        return (ir.TensorBox.create(buffer),)
+    parts = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
+    buffer.layout = ir.MultiOutputLayout(device=device)
+    buffer.outputs = parts
+    V.graph.no_fuse_buffer_names.update(part.get_name() for part in parts)
+    return tuple(ir.TensorBox.create(part) for part in parts)
+
+
+def _dense_last(value: Any) -> Any:
+    """An Inductor value as a buffer or a strided view of one, its last dimension dense (or of one element)."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    def unwrapped(x: Any) -> Any:
+        found = ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(x))
+        if isinstance(found.layout, ir.FlexibleLayout):
+            found.freeze_layout()
+        return found
+
+    node = unwrapped(value)
+    base = V.graph.get_dtype(node.get_name())
+    known = V.graph.sizevars.statically_known_equals
+    dense = known(node.get_stride()[-1], 1) or known(node.get_size()[-1], 1)
+    return node if dense and base == node.get_dtype() else unwrapped(ir.ExternKernel.copy_input(value))
+
+
+def register_inductor_lowering(overload: Any, lowering: Callable[..., Any]) -> None:
+    """Inductor lowers `overload` by `lowering(*args, **kwargs)` from now on; None from it means Inductor's fallback."""
+    from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+
+    if overload in lowerings:
+        return
+    otherwise = fallback_handler(overload, add_to_fallback_set=False)
+
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        found = lowering(*args, **kwargs)
+        return otherwise(*args, **kwargs) if found is None else found
+
+    register_lowering(overload, type_promotion_kind=None)(lowered)
+
+
+def inductor_expand(value: Any, sizes: list[Any]) -> Any:
+    """Inside a lowering: a value broadcast to `sizes` as a view."""
+    from torch._inductor.lowering import expand
+
+    return expand(value, sizes)
+
+
+@contextmanager
+def without_guards(shape_env: Any) -> Iterator[None]:
+    """Shapes asked for in the block leave no guard and fix no symbol (bicubic upsampling's shape rule does both)."""
+    if shape_env is None:
+        yield
+        return
+    with shape_env.suppress_guards():
+        yield

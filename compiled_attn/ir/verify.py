@@ -80,7 +80,8 @@ def _shape(program: Program, node: fx.Node, after: str) -> None:
     if _has_fresh_symbols(node) or isinstance(node.target, torch._ops.HigherOrderOperator):
         return  # asking again would make new symbols
     try:
-        found = fake_call(program.fake_mode, node.target, node.args, node.kwargs)
+        with _torch.without_guards(program.shape_env):
+            found = fake_call(program.fake_mode, node.target, node.args, node.kwargs)
     except Exception as error:
         raise VerifyError(
             f"node {node.name} after {after} can not be given a shape",

@@ -1,0 +1,1 @@
+"""Dataflow matching: what the values are, through the ways people write them."""

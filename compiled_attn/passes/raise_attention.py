@@ -1,0 +1,341 @@
+"""Raises softmax(q k^T * scale + bias) v, however it is written, to one scaled_dot_product_attention.
+
+    s = matmul(q * 0.125, k.transpose(-2, -1))          o = scaled_dot_product_attention(
+    p = softmax(s + bias, -1)                     ->            q, k, v, bias, 0.0, False, scale=0.125)
+    o = matmul(dropout(p), v)
+
+q, k, v become [B, H, N, D] views of the projections. What is recognised is dataflow alone: where axes come from, not
+what modules or nodes are called. Never raised: probabilities or scores that something else reads, anything but scaling,
+adding and masking between the products, a softmax over another axis than the one that the product with v sums over. A
+row that a -inf mask hides whole gives 0, where softmax gives NaN; the note says where that can happen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import fx
+
+from compiled_attn.ir.notes import Notes
+from compiled_attn.ir.program import Edit, Program
+from compiled_attn.ir.text import type_text
+from compiled_attn.passes.match import values
+from compiled_attn.passes.match.attention import Attention, Decline, Step, match, reached, softmax
+from compiled_attn.passes.match.axes import Dim, Layout, below, flat, is_layout_op, settled, whole
+from compiled_attn.passes.match.build import Builder, Source, UnknownSizeError, cost, sources
+
+if TYPE_CHECKING:
+    from compiled_attn.ir.targets import Target
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+REPLACED = -1e4  # a finite mask value at or below this gives weight 0 beside any score above `value + 104`
+
+
+@dataclass(frozen=True)
+class RaiseAttention:
+    """Every attention of the program as one scaled_dot_product_attention node."""
+
+    name: ClassVar[str] = "raise-attention"
+    exact: ClassVar[bool] = True
+
+    def run(self, program: Program, target: Target, notes: Notes) -> Program:
+        del target
+        edit = program.edit()
+        raised = 0
+        for node in list(edit.graph.nodes):
+            found = softmax(program, node) if node.op == "call_function" else None
+            if found is None:
+                continue
+            matched = match(program, found)
+            if isinstance(matched, Attention):
+                matched = raise_one(edit, matched, notes) or matched
+            if isinstance(matched, Decline):
+                notes.miss(node, self.name, matched.because)
+            raised += isinstance(matched, Attention)
+        return edit.finish(self.name) if raised else program
+
+
+def attention_blocks(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Attention in a program: SDPA nodes, and products that a softmax's result goes into (each once)."""
+    present = [n for n in program.graph.nodes if n.target is SDPA]
+    written: dict[fx.Node, None] = {}
+    for node in program.graph.nodes:
+        found = softmax(program, node) if node.op == "call_function" else None
+        if found is not None:
+            written.update(dict.fromkeys(reached(found.node)[:1]))
+    return present, list(written)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The dimensions B, H, N, M, D, Dv of an attention as axes, where q, k, v are read, and where the result goes."""
+
+    batch: Dim
+    heads: Dim
+    queries: Dim
+    keys: Dim
+    q: Source
+    k: Source
+    v: Source
+    out: fx.Node
+    out_layout: Layout
+    scale: float
+    factors: tuple[Step, ...]
+    condition: str
+
+
+def raise_one(edit: Edit, found: Attention, notes: Notes) -> Decline | None:
+    """Rewrites one matched attention in the edit; a Decline, and no change, where a guard fails."""
+    plan = plan_for(edit, found)
+    if isinstance(plan, Decline):
+        return plan
+    pv = found.mixed.product.node
+    builder = Builder(edit, found.softmax.node, _sizes_before(edit, pv))
+    for node in (plan.q.node, plan.k.node, plan.v.node, found.softmax.node, pv):
+        builder.know(node)
+    try:
+        with edit.graph.inserting_before(pv):
+            result = _build(builder, found, plan)
+    except UnknownSizeError as error:
+        return Decline(pv, f"no node holds the size {error} that {pv.name} needs")
+    edit.replace(plan.out, result)
+    for node in (*found.mixed.path, *reversed(found.scores.path), *found.softmax.inner):
+        values.erase_checks(node)
+    notes.did(result, RaiseAttention.name, _formula(found, plan), plan.condition)
+    return None
+
+
+def plan_for(edit: Edit, found: Attention) -> Plan | Decline:
+    kind = values.dtype(found.v[0])
+    batch, heads = _batch_and_heads(found)
+    rows = (batch, heads, found.queries, found.depth)
+    columns = (batch, heads, found.keys, found.depth)
+    valued = (batch, heads, found.keys, found.width)
+    q = _source(edit, *found.q, rows, kind, multiplied=True)
+    k = _source(edit, *found.k, columns, kind, multiplied=True)
+    v = _source(edit, *found.v, valued, kind, multiplied=False)
+    pv, qk = found.mixed.product.node, found.scores.product.node
+    if q is None or k is None or v is None:
+        return Decline(pv, f"{qk.name} is {_type(found.q[0])} while v is {_type(found.v[0])}")
+    scale = q.scale * k.scale
+    factors = []
+    for place, step in enumerate(found.scores.steps):
+        if step.kind == "scale":
+            scale *= step.number
+        elif step.kind == "factor":
+            if set(flat(step.layout)) & set(whole(found.keys)) and set(flat(step.layout)) & set(whole(found.queries)):
+                return Decline(step.node, f"{step.node.name} multiplies each score by a factor of its own")
+            factors.append(step)
+        elif step.kind == "mask" and _mask_value(found, place) is None:
+            return Decline(
+                step.node, f"{step.node.name} replaces scores by {step.number:g}, which no additive mask states"
+            )
+    if not math.isfinite(scale):
+        return Decline(qk, f"the scores {qk.name} are scaled by {scale}")
+    out, out_layout = _target(found, (batch, heads, found.queries, found.width))
+    condition = _condition(found)
+    return Plan(batch, heads, found.queries, found.keys, q, k, v, out, out_layout, scale, tuple(factors), condition)
+
+
+def _batch_and_heads(found: Attention) -> tuple[Dim, Dim]:
+    """Batch and heads: the last axis but one stays batch when there are several; one axis alone is the batch."""
+    axes = whole(found.batch)
+    return (axes[:-1], axes[-1:]) if len(axes) > 1 else (axes, ())
+
+
+def _source(
+    edit: Edit, node: fx.Node, layout: Layout, dims: tuple[Dim, ...], kind: torch.dtype, *, multiplied: bool
+) -> Source | None:
+    """The tensor of dtype `kind` from which a factor is made with the fewest copies."""
+    options = [s for s in sources(edit, node, layout, multiplied=multiplied) if values.dtype(s.node) == kind]
+    return min(reversed(options), key=lambda s: cost(s, dims), default=None)
+
+
+def _target(found: Attention, dims: tuple[Dim, ...]) -> tuple[fx.Node, Layout]:
+    """The node that the result stands for: the product with v, or a rearrangement of it that is nearer to [B,H,N,Dv]."""
+    node, layout = found.mixed.product.node, found.out
+    options = [(node, layout)]
+    while len(users := values.readers(node)) == 1 and is_layout_op(users[0]) and users[0].args[0] is node:
+        node = users[0]
+        down = below(node, layout)
+        if down is None or values.dtype(node) != values.dtype(found.mixed.product.node):
+            break
+        layout = down
+        options.append((node, layout))
+    wanted = [whole(dim) for dim in dims]
+    return next((o for o in options if list(settled(o[1])) == wanted), options[0])
+
+
+def _mask_value(found: Attention, place: int) -> float | None:
+    """What to add where a mask replaces scores, so that the softmax stays the same; None where nothing does.
+
+    -inf, and values so negative that adding a score leaves them, are added as they are. A value that is merely very
+    negative is replaced by the most negative one, when nothing is added behind the mask.
+    """
+    step, later = found.scores.steps[place], found.scores.steps[place + 1 :]
+    if step.number == -math.inf:
+        return step.number
+    if not math.isfinite(step.number) or any(s.kind == "factor" for s in later):
+        return None
+    behind = math.prod(s.number for s in later if s.kind == "scale")
+    effective = step.number * behind
+    if behind > 0 and step.number <= -1e30 and effective <= -1e30:
+        return step.number
+    if behind > 0 and effective <= REPLACED and not any(s.kind == "bias" for s in later):
+        return torch.finfo(torch.float32).min / max(behind, 1.0)
+    return None
+
+
+def _condition(found: Attention) -> str:
+    """What the equality rests on besides rounding."""
+    masks = [s.number for s in found.scores.steps if s.kind == "mask"]
+    said = []
+    if -math.inf in masks:
+        said.append("a row masked whole gives 0 (softmax: NaN)")
+    replaced = [n for n in masks if math.isfinite(n) and n > -1e30]
+    if replaced:
+        said.append(f"each row keeps a score above {max(replaced) + 104:g} or is masked whole")
+    return "; ".join(said)
+
+
+def _build(builder: Builder, found: Attention, plan: Plan) -> fx.Node:
+    b, h, n, m = plan.batch, plan.heads, plan.queries, plan.keys
+    builder.like = found.scores.product.node
+    q = builder.arrange(plan.q.node, plan.q.layout, (b, h, n, found.depth))
+    k = builder.arrange(plan.k.node, plan.k.layout, (b, h, m, found.depth))
+    scale = plan.scale
+    for step in plan.factors:
+        q, k = _apply_factor(builder, found, plan, step, q, k)
+    if scale <= 0:
+        q, scale = builder.call(aten.mul.Tensor, q, scale), 1.0
+    bias = _bias(builder, found, plan, values.dtype(q))
+    builder.like = found.mixed.product.node
+    v = builder.arrange(plan.v.node, plan.v.layout, (b, h, m, found.width))
+    dropout = found.mixed.dropout
+    result = builder.call(SDPA, q, k, v, bias, dropout, False, scale=scale)
+    if found.mixed.scale != 1.0:
+        result = builder.call(aten.mul.Tensor, result, found.mixed.scale)
+    result = builder.arrange(result, (b, h, n, found.width), plan.out_layout)
+    if values.dtype(result) != values.dtype(plan.out):
+        result = builder.call(aten._to_copy.default, result, dtype=values.dtype(plan.out))
+    return result
+
+
+def _apply_factor(
+    builder: Builder, found: Attention, plan: Plan, step: Step, q: fx.Node, k: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """A factor of the scores on q, or on k where it differs by key."""
+    op = aten.div.Tensor if step.inverse else aten.mul.Tensor
+    if not values.is_tensor(step.other):
+        return builder.call(op, q, step.other), k
+    on_keys = bool(set(flat(step.layout)) & set(whole(plan.keys)))
+    rows = plan.keys if on_keys else plan.queries
+    factor = builder.arrange(step.other, step.layout, (plan.batch, plan.heads, rows, ()), spread=False)
+    side = k if on_keys else q
+    made = builder.call(op, side, factor)
+    if values.dtype(made) != values.dtype(side):
+        made = builder.call(aten._to_copy.default, made, dtype=values.dtype(side))
+    return (q, made) if on_keys else (made, k)
+
+
+def _bias(builder: Builder, found: Attention, plan: Plan, kind: torch.dtype) -> fx.Node | None:
+    """What is added to the scaled scores, as [B or 1, H or 1, N or 1, M or 1]; a boolean mask where that says it all."""
+    groups = (plan.batch, plan.heads, plan.queries, plan.keys)
+    apart = tuple(dim for group in groups for dim in ([(axis,) for axis in whole(group)] or [()]))
+    bias: fx.Node | None = None
+    layout: Layout = ()
+    steps = [s for s in found.scores.steps if not _invariant(found, s)]
+    only = steps[0] if len([s for s in steps if s.kind in ("bias", "mask")]) == 1 else None
+    for place, step in enumerate(found.scores.steps):
+        if _invariant(found, step):
+            continue
+        builder.like = step.node
+        other = None
+        if values.is_tensor(step.other) and (bias is not None or step.kind in ("bias", "mask")):
+            other = builder.arrange(step.other, step.layout, apart, spread=False)
+            term = tuple(dim if set(dim) & set(flat(step.layout)) else () for dim in apart)
+            layout = tuple(a or b for a, b in zip(layout, term, strict=True)) if layout else term
+        if step.kind == "mask":
+            value = _mask_value(found, place)
+            if only is not None and value == -math.inf and other is not None:
+                bias = other if step.inverse else builder.call(aten.logical_not.default, other)
+            else:
+                bias = _masked(builder, bias, other, value, step.inverse)
+        elif step.kind == "bias":
+            bias = _added(builder, bias, other, step.number)
+        elif bias is not None and bias.meta["val"].dtype is not torch.bool:
+            bias = _followed(builder, bias, step, other)
+    if bias is None:
+        return None
+    builder.like = found.scores.product.node
+    bias = builder.arrange(bias, layout, groups, spread=False)
+    if values.dtype(bias) not in (torch.bool, kind) and not (
+        values.dtype(bias) is torch.float32 and kind in (torch.float16, torch.bfloat16)
+    ):
+        bias = builder.call(aten._to_copy.default, bias, dtype=kind)
+    return bias
+
+
+def _invariant(found: Attention, step: Step) -> bool:
+    """A number added to all scores alike, which softmax does not see."""
+    return step.kind == "bias" and not values.is_tensor(step.other)
+
+
+def _masked(builder: Builder, bias: Any, mask: Any, value: Any, inverse: bool) -> fx.Node:
+    if bias is None:
+        pair = (0.0, value) if inverse else (value, 0.0)
+        return builder.call(aten.where.Scalar, mask, *pair)
+    if inverse:
+        return builder.call(aten.where.ScalarOther, mask, bias, value)
+    return builder.call(aten.where.ScalarSelf, mask, value, bias)
+
+
+def _added(builder: Builder, bias: Any, other: Any, number: float) -> fx.Node:
+    if bias is None:
+        return other if number == 1.0 else builder.call(aten.mul.Tensor, other, number)
+    if number == 1.0:
+        return builder.call(aten.add.Tensor, bias, other)
+    return builder.call(aten.add.Tensor, bias, other, alpha=number)
+
+
+def _followed(builder: Builder, bias: fx.Node, step: Step, other: Any) -> fx.Node:
+    """What a scale, a factor or a floor behind it does to a bias."""
+    if step.kind == "scale":
+        return builder.call(aten.mul.Tensor, bias, step.number)
+    if step.kind == "floor":
+        return builder.call(aten.clamp_min.default, bias, step.number)
+    op = aten.div.Tensor if step.inverse else aten.mul.Tensor
+    return builder.call(op, bias, step.other if other is None else other)
+
+
+def _sizes_before(edit: Edit, end: fx.Node) -> dict[str, fx.Node]:
+    """Nodes that hold symbolic sizes, by expression, among those that run before `end`."""
+    from compiled_attn.ir import _torch
+
+    found: dict[str, fx.Node] = {}
+    for node in edit.graph.nodes:
+        if node is end:
+            break
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            found.setdefault(str(_torch.expression(value)), node)
+    return found
+
+
+def _formula(found: Attention, plan: Plan) -> str:
+    kinds = {s.kind for s in found.scores.steps if not _invariant(found, s)}
+    scale = f" * {plan.scale:.6g}" if plan.scale != 1.0 else ""
+    factor = " * factor" if "factor" in kinds else ""
+    bias = " + bias" if "bias" in kinds else ""
+    mask = ", masked" if "mask" in kinds else ""
+    kept = f"dropout({found.mixed.dropout:g}) " if found.mixed.dropout else ""
+    after = f" * {found.mixed.scale:g}" if found.mixed.scale != 1.0 else ""
+    return f"{kept}softmax(q k^T{scale}{factor}{bias}{mask}) v{after}"
+
+
+def _type(node: fx.Node) -> str:
+    return type_text(node.meta["val"])
