@@ -294,21 +294,31 @@ def _cpp_template_class() -> Any:
     from torch._inductor.virtualized import V
 
     class InlinedHeader(CppTemplate):
-        def __init__(self, name: str, inputs: dict[str, Any], layout: Any, source: Callable[..., tuple[str, str]]):
+        def __init__(
+            self,
+            name: str,
+            inputs: dict[str, Any],
+            layout: Any,
+            source: Callable[..., tuple[str, str]],
+            scalars: dict[str, Any],
+        ) -> None:
             super().__init__(name, list(inputs.values()), layout, num_threads=1)
             self.named_inputs = inputs
             self.source = source
+            self.scalars = scalars
 
-        def render(self, kernel: Any = None, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> Any:
+        def render(
+            self, kernel: Any = None, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any
+        ) -> Any:
             if epilogue_nodes:
                 raise RuntimeError(f"Inductor fused {epilogue_nodes} behind {self.name}, which takes no epilogue")
             outputs = template_buffer_node.outputs or [template_buffer_node]
             kept = {
                 f"out_{i}": node for i, node in enumerate(outputs) if node.get_name() not in V.graph.removed_buffers
             }
-            offsets = [node.get_layout().offset for node in self.named_inputs.values()]
-            declaration = kernel.def_kernel(inputs=self.named_inputs, outputs=kept, extra_sizevars=offsets)
-            views: dict[str, CppView | None] = {}
+            others = [node.get_layout().offset for node in self.named_inputs.values()] + list(self.scalars.values())
+            declaration = kernel.def_kernel(inputs=self.named_inputs, outputs=kept, extra_sizevars=others)
+            views: dict[str, Any] = {name: _cpp_expression(kernel, value) for name, value in self.scalars.items()}
             for name, node in self.named_inputs.items():
                 views[name] = CppView(kernel, node, kernel.args.input_buffers[node.get_name()])
             for i in range(len(outputs)):
@@ -330,12 +340,14 @@ def cpp_template(
     name: str,
     inputs: dict[str, Any],
     outputs: list[tuple[torch.dtype, list[Any], list[Any]]],
-    source: Callable[[dict[str, CppView | None]], tuple[str, str]],
+    source: Callable[[dict[str, Any]], tuple[str, str]],
+    scalars: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Inside a lowering: one kernel that fills `outputs`, each (dtype, sizes, strides); returns Inductor's values.
 
     inputs: name -> Inductor value; read in place where its last dimension is dense, else copied.
-    source: views by name (`out_0`, `out_1`, ...; None for an output that nothing reads) -> header text, statements.
+    source: CppViews by name (`out_0`, `out_1`, ...; None for an output that nothing reads) and the expressions of
+    `scalars`, which may be symbolic -> header text, statements.
     Nothing is fused behind the kernel. Several outputs leave as the buffers of a multi-output template, each with its
     own layout, which Inductor allocates and the kernel fills.
     """
@@ -347,7 +359,7 @@ def cpp_template(
     nodes = {k: _dense_last(v) for k, v in inputs.items()}
     device = next(iter(nodes.values())).get_device()
     layouts = [ir.FixedLayout(device, dtype, sizes, strides) for dtype, sizes, strides in outputs]
-    template = _cpp_template_class()(name, nodes, layouts[0], source)
+    template = _cpp_template_class()(name, nodes, layouts[0], source, scalars or {})
 
     def make_kernel_render(template_node: Any, *_: Any, epilogue_nodes: Any = None, **__: Any) -> tuple[Any, Any]:
         kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=1)

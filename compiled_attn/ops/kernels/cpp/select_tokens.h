@@ -6,6 +6,7 @@
 //     first; a NaN comes last
 //   tokens [B, prefix + keep (+ 1), C] by its batch and token strides, channel stride 1: the prefix, the tokens of
 //     index, then, if `fuse`, the sum over the tokens left out of score * x, in float32
+// Either output may be a null pointer.
 //
 // The place of a token is the number of tokens that go before it: counting needs no sort, no branch, and vectorises.
 #ifndef COMPILED_ATTN_CPP_SELECT_TOKENS_H
@@ -100,11 +101,11 @@ void select_tokens(const SelectShape& s, const T* x, const Score* score, T* toke
       for (int64_t j = 0; j < count; ++j) order[j] = order_of(to_float(score[b * s.score[0] + j * s.score[1]]));
       count_places(order, count, place);
       for (int64_t j = 0; j < count; ++j) {
-        if (place[j] < s.keep) index[b * s.keep + place[j]] = j;
+        if (index && place[j] < s.keep) index[b * s.keep + place[j]] = j;
       }
     }
 #pragma omp for
-    for (int64_t task = 0; task < s.batch * pieces; ++task) {
+    for (int64_t task = 0; task < (tokens ? s.batch * pieces : 0); ++task) {
       const int64_t b = task / pieces, begin = task % pieces * size;
       const int64_t channels = std::min(size, s.channels - begin);
       if (channels <= 0) continue;

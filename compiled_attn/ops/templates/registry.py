@@ -1,0 +1,48 @@
+"""All templates, and which of them serves a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from compiled_attn.ops.templates import (
+    cpp_attention,
+    cpp_class_row,
+    cpp_select_tokens,
+    triton_attention,
+    triton_class_row,
+    triton_select_tokens,
+)
+from compiled_attn.ops.templates.base import Template
+
+# In the order in which they are asked. A user's own template is appended.
+TEMPLATES: list[Template] = [
+    cpp_attention.TEMPLATE,
+    cpp_class_row.TEMPLATE,
+    cpp_select_tokens.TEMPLATE,
+    triton_attention.TEMPLATE,
+    triton_class_row.TEMPLATE,
+    triton_select_tokens.TEMPLATE,
+]
+
+# Op -> its lowering inside Inductor, for the templates that are C++.
+CPP_LOWERINGS: dict[str, Callable[..., Any]] = {
+    cpp_attention.TEMPLATE.op: cpp_attention.lowering,
+    cpp_class_row.TEMPLATE.op: cpp_class_row.lowering,
+    cpp_select_tokens.TEMPLATE.op: cpp_select_tokens.lowering,
+}
+
+
+def choose(
+    op: str, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
+) -> tuple[Template | None, list[tuple[str, str]]]:
+    """The first template for the target's kind of device that accepts, and (name, because) of those that do not."""
+    refused: list[tuple[str, str]] = []
+    for template in TEMPLATES:
+        if template.op != op or template.device != target.kind:
+            continue
+        because = template.accepts(args, kwargs, target)
+        if because is None:
+            return template, refused
+        refused.append((template.name, because))
+    return None, refused or [(f"{target.kind} template", f"there is none for {op}")]
