@@ -65,7 +65,7 @@ class Target:
         if not low <= self.ridge_flop_per_byte <= high and not self.ridge_because:
             raise _bad(
                 self,
-                f"its ridge point is {self.ridge_flop_per_byte:.1f} flop/byte, those of devices lie in {low:g}..{high:g}",
+                f"its ridge point is {self.ridge_flop_per_byte:.1f} flop/byte, devices lie in {low:g}..{high:g}",
             )
 
     @property

@@ -1,24 +1,27 @@
 """Plain attention as a Triton kernel (kernels/attention.py): flash forward with optional bias and causal mask.
 
-Memory: a program holds one query block, the running output and, through the software pipeline, `stages` blocks of keys
-and values; nothing of size N x M exists. Strided q, k, v are read in place.
+Memory: a program holds one block of queries, the running output and, through the software pipeline, `stages` blocks of
+keys and values; nothing of size N x M exists. Strided q, k, v are read in place.
 """
 
 from typing import Any
 
 import torch
 
-from compiled_attn.ops.templates.triton_config import DTYPES, Config, block_of
+from compiled_attn.ops.templates.base import Template
+from compiled_attn.ops.templates.triton_config import BLOCKS, DTYPES, SM_LEAST, Config, block_of, kind_of, offered
 
-WIDTH_MOST = 256
+NAME = "triton_attention"
+KERNEL = "attention"
 
 
 def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str | None:
-    """None where the kernel covers this call, else the sentence that says why not."""
-    del kwargs
+    """None where the kernel covers this call of compiled_attn::attention, else the sentence that says why not."""
     q, k, v, bias = (*args, None)[:4]
     if target.kind != "cuda":
         return f"target {target.name} has no Triton"
+    if target.sm < SM_LEAST:
+        return f"target {target.name} is sm_{target.sm}, Triton's tensor-core products start at sm_{SM_LEAST}"
     if q.dtype not in DTYPES:
         return f"its elements are {q.dtype}, the kernel reads float32, float16 and bfloat16"
     if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -28,9 +31,22 @@ def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str |
     for name, width in (("head width", q.shape[-1]), ("value width", v.shape[-1])):
         if not isinstance(width, int):
             return f"its {name} {width} is symbolic, the kernel is compiled for one"
-        if not 1 <= width <= WIDTH_MOST:
-            return f"its {name} is {width}, the kernel holds 1 to {WIDTH_MOST} in registers"
+        if not 1 <= width <= BLOCKS[-1]:
+            return f"its {name} is {width}, the kernel holds 1 to {BLOCKS[-1]} in registers"
+    if not chosen(args, kwargs, target):
+        return f"no configuration for its head width {q.shape[-1]} fits target {target.name} without spilling"
     return None
+
+
+TEMPLATE = Template(NAME, "attention", "cuda", accepts)
+
+
+def chosen(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[Config]:
+    """The configurations that fit `target` for this call, the most promising first."""
+    q, _, v, bias = (*args, None)[:4]
+    block = max(block_of(q.shape[-1]), block_of(v.shape[-1]))
+    name = case(q.dtype, block, bias=bias is not None, causal=kwargs.get("causal", False))
+    return offered(KERNEL, name, configs(q.dtype, block), target)
 
 
 def grid(config: Config, batch: Any, heads: Any, queries: Any) -> tuple[Any]:
@@ -39,45 +55,46 @@ def grid(config: Config, batch: Any, heads: Any, queries: Any) -> tuple[Any]:
     return (((queries + block - 1) // block) * heads * batch,)
 
 
-def shared_bytes(config: Config, block_d: int, block_dv: int, dtype: torch.dtype) -> int:
-    """Shared memory that the plan above asks for: the pipeline's key and value blocks, and the query block."""
-    n, m = int(config.constants["BLOCK_N"]), int(config.constants["BLOCK_M"])
-    return (n * block_d + config.stages * m * (block_d + block_dv)) * dtype.itemsize
+def shared_bytes(config: Config, dtype: torch.dtype, block: int, *, bias: bool) -> int:
+    """Most shared memory of the plan above: the query block and the pipeline's blocks of keys, values and bias."""
+    queries, keys = config.constants["BLOCK_N"], config.constants["BLOCK_M"]
+    elements = queries * block + config.stages * keys * (2 * block + (queries if bias else 0))
+    return elements * dtype.itemsize * (2 if config.constants["PRECISION"] == "tf32x3" else 1)
 
 
-def case(dtype: torch.dtype, width: int, width_v: int, *, bias: bool, causal: bool) -> str:
+def case(dtype: torch.dtype, block: int, *, bias: bool, causal: bool) -> str:
     """The name under which this specialisation's machine code is recorded."""
-    blocks = max(block_of(width), block_of(width_v))
-    return f"{DTYPES[dtype]} d{blocks}{' bias' if bias else ''}{' causal' if causal else ''}"
+    return f"{kind_of(dtype)} d{block}{' bias' if bias else ''}{' causal' if causal else ''}"
 
 
 def configs(dtype: torch.dtype, block: int) -> tuple[Config, ...]:
-    """Candidates for a head that fills `block` columns, the most promising first."""
-    sizes = _HALF if dtype != torch.float32 else _FLOAT
-    precisions = ("tf32",) if dtype != torch.float32 else ("ieee",)
+    """Candidates for a head that fills `block` columns, the most promising first.
+
+    float32 is multiplied in float32 ("ieee"); three tf32 products ("tf32x3"), about as exact, come last.
+    """
     return tuple(
         Config((("BLOCK_N", n), ("BLOCK_M", m), ("PRECISION", precision)), warps, stages)
-        for (n, m, warps, stages), widest in sizes
-        for precision in precisions
+        for n, m, precision, warps, stages, widest in (_FLOAT if dtype == torch.float32 else _HALF)
         if block <= widest
     )
 
 
-# (queries, keys, warps, stages), widest head: beyond it the block does not fit any target
-_HALF: tuple[tuple[tuple[int, int, int, int], int], ...] = (
-    ((128, 64, 4, 3), 64),
-    ((128, 64, 8, 3), 128),
-    ((64, 64, 4, 3), 128),
-    ((64, 64, 4, 2), 256),
-    ((64, 32, 4, 2), 256),
-    ((64, 32, 8, 2), 256),
-    ((32, 32, 4, 2), 256),
+# queries, keys, precision of float32 products, warps, stages; the widest head it is a candidate for
+_HALF = (
+    (128, 64, "tf32", 4, 3, 64),
+    (128, 64, "tf32", 8, 3, 128),
+    (64, 64, "tf32", 4, 3, 128),
+    (64, 32, "tf32", 4, 3, 128),
+    (64, 32, "tf32", 8, 2, 256),
+    (32, 32, "tf32", 4, 2, 256),
+    (32, 32, "tf32", 8, 2, 256),
 )
-_FLOAT: tuple[tuple[tuple[int, int, int, int], int], ...] = (
-    ((64, 32, 4, 2), 64),
-    ((64, 32, 8, 2), 128),
-    ((32, 32, 4, 2), 128),
-    ((32, 32, 8, 2), 256),
-    ((32, 16, 8, 1), 256),
-    ((16, 16, 4, 1), 256),
+_FLOAT = (
+    (64, 32, "ieee", 4, 2, 32),
+    (64, 32, "ieee", 8, 2, 64),
+    (32, 32, "ieee", 4, 2, 128),
+    (32, 16, "ieee", 8, 1, 256),
+    (16, 16, "ieee", 8, 1, 256),
+    (64, 32, "tf32x3", 4, 2, 64),
+    (32, 32, "tf32x3", 4, 2, 128),
 )

@@ -6,24 +6,38 @@ Nothing is sorted and nothing but the outputs is written.
 
 from typing import Any
 
-from compiled_attn.ops.templates.triton_config import DTYPES, Config
+from compiled_attn.ops.templates.base import Template
+from compiled_attn.ops.templates.triton_config import DTYPES, SM_LEAST, Config, kind_of, offered
 
+NAME = "triton_select_tokens"
+KERNEL = "select_tokens"
 TOKENS_MOST = 4096
 
 
 def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str | None:
-    """None where the kernel covers this call, else the sentence that says why not."""
-    del kwargs
+    """None where the kernel covers this call of select_tokens, else the sentence that says why not."""
     x, score, *_ = args
     if target.kind != "cuda":
         return f"target {target.name} has no Triton"
+    if target.sm < SM_LEAST:
+        return f"target {target.name} is sm_{target.sm}, Triton's tensor-core products start at sm_{SM_LEAST}"
     for name, tensor in (("tokens", x), ("scores", score)):
         if tensor.dtype not in DTYPES:
             return f"its {name} are {tensor.dtype}, the kernel reads float32, float16 and bfloat16"
     tokens = score.shape[1]
     if isinstance(tokens, int) and tokens > TOKENS_MOST:
         return f"it ranks {tokens} tokens, counting comparisons pays up to {TOKENS_MOST}"
+    if not chosen(args, kwargs, target):
+        return f"no configuration fits target {target.name} without spilling"
     return None
+
+
+TEMPLATE = Template(NAME, "select_tokens", "cuda", accepts)
+
+
+def chosen(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[Config]:
+    """The configurations that fit `target` for this call, the most promising first."""
+    return offered(KERNEL, case(args[0].dtype, fuse=kwargs.get("fuse", False)), configs(), target)
 
 
 def grid(config: Config, batch: Any, tokens: Any, channels: Any, *, fuse: bool) -> tuple[Any]:
@@ -35,9 +49,9 @@ def grid(config: Config, batch: Any, tokens: Any, channels: Any, *, fuse: bool) 
     return (batch * programs,)
 
 
-def case(x: Any, score: Any, *, fuse: bool) -> str:
-    """The name under which this specialisation's machine code is recorded."""
-    return f"{DTYPES[x]} score {DTYPES[score]}{' fuse' if fuse else ''}"
+def case(dtype: Any, *, fuse: bool) -> str:
+    """The name under which this specialisation's machine code is recorded (scores in float32, the widest)."""
+    return f"{kind_of(dtype)}{' fuse' if fuse else ''}"
 
 
 def configs() -> tuple[Config, ...]:

@@ -1,0 +1,201 @@
+"""Compiles every Triton kernel x configuration x target to machine code, with no GPU, and records what it needs.
+
+    python bench/machine_code.py                      # candidates in order until two fit, for every case and target
+    python bench/machine_code.py --all --again        # every candidate, after a kernel has changed
+    python bench/machine_code.py --chosen --sm 80 90  # only what the record chooses: prints one JSON line a compile
+
+The first two write compiled_attn/ops/templates/machine_code.json under the installed triton's version:
+kernel -> case -> configuration -> "sm_80" -> [registers a thread, bytes spilled a thread, shared bytes a block].
+Strides and pointers are taken as multiples of 16, the innermost stride as 1; head widths fill their block but for 8
+columns, so that the masks are there. Must not run under TRITON_INTERPRET.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from compiled_attn.ir import targets
+from compiled_attn.ops.kernels import attention, class_row, select_tokens
+from compiled_attn.ops.templates import triton_attention, triton_class_row, triton_select_tokens
+from compiled_attn.ops.templates.triton_config import BLOCKS, RECORD, SM_LEAST, Config, MachineCode, offered
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_LIMIT = {t.sm: t.shared_bytes_per_block for t in map(targets.load, targets.names()) if t.sm >= SM_LEAST}
+ENOUGH = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of one kernel: its candidates, and how to compile it but for them."""
+
+    kernel: str
+    name: str
+    function: Any
+    dtype: torch.dtype
+    configs: tuple[Config, ...]
+    constants: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Triton types of the arguments that are no constants."""
+        element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+        pointers = {"logits_ptr": "fp32", "lse_ptr": "fp32", "row_ptr": "fp32", "score_ptr": "fp32", "index_ptr": "i64"}
+        types = {}
+        for argument in self.function.arg_names:
+            if argument.endswith("_ptr"):
+                types[argument] = "*" + pointers.get(argument, element)
+            else:
+                types[argument] = "fp32" if argument == "scale" else "i32"
+        return types
+
+
+def cases() -> Iterator[Case]:
+    """Every specialisation that a launch can ask for; the 16-bit types share one."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for block in BLOCKS:
+            width = (("D", block - 8), ("BLOCK_D", block))
+            for bias in (False, True):
+                for causal in (False, True):
+                    yield Case(
+                        triton_attention.KERNEL,
+                        triton_attention.case(dtype, block, bias=bias, causal=causal),
+                        attention.attention,
+                        dtype,
+                        triton_attention.configs(dtype, block),
+                        (
+                            *width,
+                            ("DV", block - 8),
+                            ("BLOCK_DV", block),
+                            ("HAS_BIAS", bias),
+                            ("CAUSAL", causal),
+                            ("UPCAST", False),
+                            *((f"stride_{x}", 1) for x in ("qd", "kd", "vd", "bm")),
+                        ),
+                    )
+                yield Case(
+                    triton_class_row.LOGITS_KERNEL,
+                    triton_class_row.logits_case(dtype, block, bias=bias),
+                    class_row.class_row_logits,
+                    dtype,
+                    triton_class_row.logits_configs(block),
+                    (*width, ("HAS_BIAS", bias), *((f"stride_{x}", 1) for x in ("qd", "kd", "bm"))),
+                )
+        for fuse in (False, True):
+            yield Case(
+                triton_select_tokens.KERNEL,
+                triton_select_tokens.case(dtype, fuse=fuse),
+                select_tokens.select_tokens,
+                dtype,
+                triton_select_tokens.configs(),
+                (("FUSE", fuse), ("stride_xc", 1), ("stride_sm", 1)),
+            )
+    yield Case(
+        triton_class_row.MEAN_KERNEL,
+        triton_class_row.MEAN_CASE,
+        class_row.class_row_mean,
+        torch.float32,
+        triton_class_row.mean_configs(),
+    )
+
+
+def compile_for(case: Case, config: Config, sm: int) -> MachineCode:
+    """Compiles one case and configuration for a compute capability and reads what the machine code needs."""
+    constants = {**dict(case.constants), **config.constants}
+    types = {name: "constexpr" if name in constants else kind for name, kind in case.types.items()}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(types.items())
+        if kind != "constexpr" and (name.endswith("_ptr") or name.startswith("stride_"))
+    }
+    source = ASTSource(case.function, types, constants, aligned)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    registers, stack = _usage(compiled.asm["cubin"])
+    return MachineCode(registers, stack, compiled.metadata.shared)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes a thread, as the bundled cuobjdump reads them; spills live on the stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump tells no register count: {text[-300:]}")
+    return int(found[1]), int(found[2])
+
+
+def sweep(record: dict[str, Any], sms: list[int], *, everything: bool) -> Iterator[None]:
+    """Fills one triton version's record, case by case; what it holds already is not compiled again.
+
+    Without `everything` it stops at two fitting candidates a case and target.
+    """
+    for case in tqdm(list(cases()), unit="case", file=sys.stderr):
+        table = record.setdefault(case.kernel, {}).setdefault(case.name, {})
+        for sm in sms:
+            fitting = 0
+            for config in case.configs:
+                needs = table.setdefault(config.name, {})
+                if f"sm_{sm}" not in needs:
+                    code = compile_for(case, config, sm)
+                    needs[f"sm_{sm}"] = [code.registers, code.spills, code.shared]
+                fitting += MachineCode(*needs[f"sm_{sm}"]).fits(SHARED_LIMIT[sm])
+                if fitting == ENOUGH and not everything:
+                    break
+        yield
+
+
+def chosen(sms: list[int]) -> Iterator[dict[str, Any]]:
+    """Compiles anew, for each case and target, the candidate that the record chooses."""
+    for case in cases():
+        for sm in sms:
+            target = SimpleNamespace(sm=sm, shared_bytes_per_block=SHARED_LIMIT[sm])
+            fitting = offered(case.kernel, case.name, case.configs, target)
+            line = {"kernel": case.kernel, "case": case.name, "sm": sm, "config": None}
+            if fitting:
+                code = compile_for(case, fitting[0], sm)
+                line |= {"config": fitting[0].name, **vars(code), "fits": code.fits(SHARED_LIMIT[sm])}
+            yield line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Record what the Triton kernels' machine code needs, with no GPU.")
+    parser.add_argument("--sm", type=int, nargs="*", default=sorted(SHARED_LIMIT), help="compute capabilities, as 80")
+    parser.add_argument("--all", action="store_true", help="every candidate, not only the first two that fit")
+    parser.add_argument("--again", action="store_true", help="forget what is recorded for the installed triton")
+    parser.add_argument("--chosen", action="store_true", help="only compile what the record chooses, print JSON lines")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        if options.chosen:
+            for line in chosen(options.sm):
+                print(json.dumps(line), flush=True)
+            return
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        ours = record.setdefault(triton.__version__, {})
+        if options.again:
+            ours.clear()
+        for _ in sweep(ours, options.sm, everything=options.all):
+            text = json.dumps(record, indent=1, sort_keys=True)
+            RECORD.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
