@@ -117,11 +117,11 @@ def aoti_package(exported: torch.export.ExportedProgram, path: str, options: dic
     return torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
 
 
-def aoti_load(path: str, *, device_index: int = -1, threads: int = 1) -> Any:
-    """Loads a `.pt2` made by AOTInductor: a callable on the flat user inputs, with load_constants."""
+def aoti_load(path: str) -> Any:
+    """Loads a `.pt2` made by AOTInductor: `.loader.boxed_run(flat tensors)` runs it, one call at a time."""
     import torch._inductor
 
-    return torch._inductor.aoti_load_package(path, device_index=device_index, num_runners=threads)
+    return torch._inductor.aoti_load_package(path)
 
 
 def compile_fx(module: fx.GraphModule, example_inputs: list[Any], options: dict[str, Any] | None = None) -> Any:
@@ -428,3 +428,10 @@ def without_guards(shape_env: Any) -> Iterator[None]:
         return
     with shape_env.suppress_guards():
         yield
+
+
+def symbolic_max(*expressions: Any) -> Any:
+    """The greatest of sympy expressions and numbers, as an expression."""
+    import sympy
+
+    return sympy.Max(*expressions)
