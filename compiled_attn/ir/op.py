@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "compiled_attn"
 
@@ -115,6 +116,7 @@ def define(
         _register_gradient(custom, gradient)
     op = Op(name, schema, reference, shape, gradient, cost, decomposition)
     OPS[name] = op
+    _register_flops(op)
     return op
 
 
@@ -123,6 +125,16 @@ def op_of(target: Any) -> Op | None:
     if getattr(target, "namespace", None) != NAMESPACE:
         return None
     return OPS.get(target._schema.name.split("::")[1])
+
+
+def _register_flops(op: Op) -> None:
+    """Lets `torch.utils.flop_counter.FlopCounterMode` count the op by its own rule."""
+
+    def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> Any:
+        del out_val
+        return op.cost(*args, **kwargs).flops
+
+    register_flop_formula(op.overload.overloadpacket, get_raw=True)(flops)
 
 
 def _register_gradient(custom: Any, gradient: Callable[..., tuple[Any, ...]]) -> None:
@@ -141,3 +153,13 @@ def _register_gradient(custom: Any, gradient: Callable[..., tuple[Any, ...]]) ->
         return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))
 
     custom.register_autograd(backward, setup_context=setup)
+
+
+def _register_flops(op: Op) -> None:
+    """Lets `FlopCounterMode` count the op by its own cost rule."""
+
+    def flops(*args: Any, out_val: Any, **kwargs: Any) -> Any:
+        del out_val
+        return op.cost(*args, **kwargs).flops
+
+    register_flop_formula(op.overload.overloadpacket, get_raw=True)(flops)
