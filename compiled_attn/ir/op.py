@@ -153,13 +153,3 @@ def _register_gradient(custom: Any, gradient: Callable[..., tuple[Any, ...]]) ->
         return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))
 
     custom.register_autograd(backward, setup_context=setup)
-
-
-def _register_flops(op: Op) -> None:
-    """Lets `FlopCounterMode` count the op by its own cost rule."""
-
-    def flops(*args: Any, out_val: Any, **kwargs: Any) -> Any:
-        del out_val
-        return op.cost(*args, **kwargs).flops
-
-    register_flop_formula(op.overload.overloadpacket, get_raw=True)(flops)
