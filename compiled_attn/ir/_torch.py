@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from compiled_attn.ir.errors import LowerError
+
 
 def graph_module_like(old: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A GraphModule of `graph` that shares the submodules and attributes of `old` which the graph refers to."""
@@ -435,3 +437,16 @@ def symbolic_max(*expressions: Any) -> Any:
     import sympy
 
     return sympy.Max(*expressions)
+
+
+def cpu_options(march: str, vector_bits: int) -> dict[str, Any]:
+    """Inductor's options for code that another CPU than this machine's runs; torch before 2.13 can not be told."""
+    from torch._inductor import config
+
+    if not hasattr(config.cpp, "march"):
+        raise LowerError(
+            f"this torch builds CPU code for the machine it runs on, not for -march={march}",
+            facts=f"torch {torch.__version__} has no option for it; torch 2.13 has",
+            do="build with torch 2.13, or on such a machine with target='cpu'",
+        )
+    return {"cpp.march": march, "cpp.simdlen": vector_bits}
