@@ -1,0 +1,132 @@
+"""The last step before Inductor: which vocabulary ops stay, to be filled by a template, and what becomes of the others.
+
+    a, r = attention_with_class_row(q, k, v)         stays: a template accepts it
+    t, i = select_tokens(x, s, 138)             ->   its decomposition in ATen, and a note that says because of what
+
+Inductor fills the ops that stay through the lowerings that `register` gives it.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from compiled_attn.ir import _torch, targets
+from compiled_attn.ir.errors import LowerError
+from compiled_attn.ir.notes import Notes, user_line
+from compiled_attn.ir.op import OPS, Op, op_of
+from compiled_attn.ir.program import PROVENANCE, Edit, Program
+from compiled_attn.ir.targets import Target
+from compiled_attn.ops.templates import registry
+from compiled_attn.passes.pack_linear import apply_linear_choices
+
+NAME = "lower"
+_lock = threading.Lock()
+
+
+def register() -> None:
+    """Gives Inductor the lowerings of the C++ templates. Again is free; any thread may call it."""
+    with _lock:
+        for name, lowering in registry.CPP_LOWERINGS.items():
+            _torch.register_inductor_lowering(OPS[name].overload, lowering)
+
+
+def lower(program: Program, target: Target, notes: Notes, *, strict: bool = False) -> Program:
+    """The program that Inductor is given; the same object where every op stays.
+
+    An op that no template accepts becomes its decomposition, with a miss in `notes`; with `strict`, a LowerError.
+    """
+    refused: list[tuple[fx.Node, Op]] = []
+    for node in program.graph.nodes:
+        op = op_of(node.target) if node.op == "call_function" else None
+        if op is None:
+            continue
+        args, kwargs = values_of(node)
+        template, misses = registry.choose(op.name, args, kwargs, target)
+        for name, because in misses:
+            notes.miss(node, name, because)
+        if template is not None:
+            notes.did(node, op.name, template.name)
+            continue
+        refused.append((node, op))
+        if strict:
+            raise LowerError(
+                f"no template serves {op.name}",
+                where=user_line(node) or str(node.format_node()),
+                facts="; ".join(f"not {name} because {because}" for name, because in misses),
+                do="change what the sentence names, choose another target, or compile with strict=False",
+            )
+        notes.did(node, op.name, "decomposition")
+    if refused:
+        edit = program.edit()
+        for node, op in refused:
+            inline(edit, edit.node_of[node], op.decomposition)
+        program = edit.finish(NAME)
+    return apply_linear_choices(program) if target.kind == "cpu" else program
+
+
+def inductor_config(target: Target, program: Program) -> dict[str, Any]:
+    """Inductor's options for a lowered program.
+
+    Weights that the program owns are frozen in inference, so that oneDNN packs them. Threads are asked for when the
+    code runs, not when it is built. A CPU target other than this machine's own sets what the compiler may use.
+    """
+    options: dict[str, Any] = {}
+    if program.mode == "inference" and (program.state or program.constants):
+        options["freezing"] = True
+    if target.kind == "cpu":
+        options["cpp.dynamic_threads"] = True
+        if targets.load("cpu").march != target.march:
+            options.update(_torch.cpu_options(target.march, target.vector_bits))
+    return options
+
+
+def values_of(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A node's arguments with the fake values of the nodes among them."""
+    return fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+
+
+def inline(edit: Edit, node: fx.Node, function: Callable[..., Any]) -> None:
+    """Puts the ATen graph of `function` in a node's place, its provenance on every new node."""
+    (leaves, spec) = pytree.tree_flatten((node.args, node.kwargs))
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+
+    def on_nodes(*values: Any) -> Any:
+        full = list(leaves)
+        for i, value in zip(at, values, strict=True):
+            full[i] = value
+        args, kwargs = pytree.tree_unflatten(full, spec)
+        return function(*args, **kwargs)
+
+    traced = _torch.trace(on_nodes, tuple(leaves[i].meta["val"] for i in at), edit.program.fake_mode)
+    table: dict[fx.Node, Any] = {}
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    table.update(zip(placeholders, (leaves[i] for i in at), strict=True))
+    with edit.graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "call_function":
+                table[inner] = _copied(edit, inner, table, node)
+            elif inner.op == "get_attr":
+                table[inner] = edit.constant(f"{node.name}_{inner.target}", getattr(traced, inner.target))
+    _take_place(edit, node, fx.node.map_arg(traced.graph.output_node().args[0], lambda n: table[n]))
+
+
+def _copied(edit: Edit, inner: fx.Node, table: dict[fx.Node, Any], like: fx.Node) -> fx.Node:
+    new = edit.graph.node_copy(inner, lambda n: table[n])
+    new.meta = {key: like.meta[key] for key in PROVENANCE if key in like.meta}
+    new.meta["val"] = inner.meta["val"]
+    return new
+
+
+def _take_place(edit: Edit, node: fx.Node, result: Any) -> None:
+    if isinstance(result, fx.Node):
+        edit.replace(node, result)
+        return
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            edit.replace(user, result[user.args[1]])
