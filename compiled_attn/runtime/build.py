@@ -20,6 +20,7 @@ from compiled_attn.ir.targets import Target
 from compiled_attn.passes import pipelines
 from compiled_attn.passes.base import Pass, PassRecord, run_passes
 from compiled_attn.passes.cast_boundary import CastBoundary
+from compiled_attn.runtime import measure
 from compiled_attn.runtime.capture import capture
 
 PRECISIONS = {None: None, "float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,7 +81,10 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     program = capture(model, args, kwargs, dynamic_shapes=settings.dynamic_shapes, mode=settings.mode)
     captured = time.perf_counter()
     notes = Notes()
-    passes = [*boundary, *pipelines.default(settings.target, settings.mode, settings.passes, tune=settings.tune)]
+    pipeline = pipelines.default(
+        settings.target, settings.mode, settings.passes, tune=settings.tune, measure=measure.SERVICE
+    )
+    passes = [*boundary, *pipeline]
     program, records = run_passes(program, passes, settings.target, notes, dump=settings.dump, compare=settings.compare)
     done = time.perf_counter()
     return Build(program, notes, records, settings, {"capture": captured - began, "passes": done - captured})
