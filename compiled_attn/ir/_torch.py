@@ -375,7 +375,7 @@ def cpp_template(
     V.graph.no_fuse_buffer_names.add(buffer.get_name())
     if len(layouts) == 1:
         return (ir.TensorBox.create(buffer),)
-    parts = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
+    parts: list[Any] = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
     buffer.layout = ir.MultiOutputLayout(device=device)
     buffer.outputs = parts
     V.graph.no_fuse_buffer_names.update(part.get_name() for part in parts)
@@ -388,7 +388,7 @@ def _dense_last(value: Any) -> Any:
     from torch._inductor.virtualized import V
 
     def unwrapped(x: Any) -> Any:
-        found = ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(x))
+        found: Any = ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(x))
         if isinstance(found.layout, ir.FlexibleLayout):
             found.freeze_layout()
         return found

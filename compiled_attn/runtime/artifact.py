@@ -47,8 +47,8 @@ def write_artifact(
 ) -> Artifact:
     """Writes the artifact of a raw package that AOTInductor made of a program on this machine.
 
-    call: how it is called, or the program to read that from.  isa: the extensions that the code was limited to; None: all
-    that this CPU has.  The file appears at once or not at all. Raises ContractError where the package contradicts.
+    call: how it is called, or the program to read that from.  isa: the extensions that the code was limited to; None:
+    all that this CPU has.  The file appears at once or not at all. Raises ContractError where the package contradicts.
     """
     path = Path(path)
     if isinstance(call, Program):

@@ -1,12 +1,13 @@
 """Checks what an artifact is called with, and puts its results together again, as the contract says.
 
-Converted without a word: a tensor whose memory order differs from the wanted one is copied into it (not state, which the
-call writes into: that is an error). Everything else that differs is a ContractError: nothing is cast, moved, broadcast
-or padded.
+Converted without a word: a tensor whose memory order differs from the wanted one is copied into it (not state, which
+the call writes into: that is an error). Everything else that differs is a ContractError: nothing is cast, moved,
+broadcast or padded.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -235,17 +236,19 @@ class Caller:
                         f"pass {other.name}.clone()",
                     )
 
-    def restore(self, results: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> Any:
-        """The result in its pytree. Raises ContractError where the compiled code gave what the contract excludes."""
-        remaining = iter(results)
+    def restore(self, results: Sequence[Any], sizes: Mapping[str, int]) -> Any:
+        """The result in its pytree; AOTInductor gives one for each leaf, constants included.
+
+        Raises ContractError where the compiled code gave what the contract excludes.
+        """
         leaves: list[Any] = []
-        for spec in self.call.outputs:
+        for spec, result in zip(self.call.outputs, results, strict=True):
             if isinstance(spec, ConstantSpec):
                 leaves.append(spec.value)
             elif isinstance(spec, SizeSpec):
-                leaves.append(ex.evaluate(spec.value, sizes))
+                leaves.append(int(result.item()))
             else:
-                leaves.append(self._check_result(spec, next(remaining), sizes))
+                leaves.append(self._check_result(spec, result, sizes))
         return pytree.tree_unflatten(leaves, self.out_spec)
 
     def _check_result(self, spec: TensorSpec, tensor: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
@@ -269,9 +272,7 @@ def load_tree(text: str, where: str) -> Any:
         return pytree.treespec_loads(text)
     except NotImplementedError as error:
         if '"transformers.' in text:
-            import transformers  # noqa: F401  (registers its outputs as pytrees)
-            import transformers.modeling_outputs  # noqa: F401
-
+            importlib.import_module("transformers.modeling_outputs")
             return pytree.treespec_loads(text)
         raise ContractError(
             "a container of the model's inputs or outputs is not known here",

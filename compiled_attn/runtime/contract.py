@@ -21,9 +21,8 @@ from compiled_attn.runtime.expr import Expr
 
 VERSION = 1
 MEMBER = "model/extra/compiled_attn_contract.json"
-DTYPES = frozenset(
-    "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split(),
-)
+INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
+DTYPES = frozenset({*INTEGERS, "float16", "bfloat16", "float32", "float64", "complex64", "complex128"})
 HEX = re.compile(r"[0-9a-f]{64}\Z")
 MAX_RANK = 32
 
@@ -32,8 +31,8 @@ MAX_RANK = 32
 class TensorSpec:
     """One tensor of the flat inputs or outputs.
 
-    shape: sizes, symbolic where they may vary.  order: its dimensions from the outermost in memory to the innermost; the
-    memory is dense in that order (contiguous is 0, 1, 2, ...).  mutated: the call writes into it (state).
+    shape: sizes, symbolic where they may vary.  order: its dimensions from the outermost in memory to the innermost;
+    the memory is dense in that order (contiguous is 0, 1, 2, ...).  mutated: the call writes into it (state).
     """
 
     name: str
@@ -309,9 +308,9 @@ class _Reader:
         if kind == "size":
             name, size, _ = self.record(value, path, "name value kind")
             return SizeSpec(self.text(name, f"{path}.name"), self.expression(size, f"{path}.value"))
-        if kind == "tensor":
-            return self.tensor(value, path)
-        self.fail(f"{path}.kind", "is none of constant, size, tensor")
+        if kind != "tensor":
+            self.fail(f"{path}.kind", "is none of constant, size, tensor")
+        return self.tensor(value, path)
 
     def tensor(self, value: Any, path: str) -> TensorSpec:
         name, dtype, shape, order, device, mutated, _ = self.record(

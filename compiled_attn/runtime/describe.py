@@ -14,8 +14,8 @@ from compiled_attn.ir import _torch
 from compiled_attn.ir.errors import ContractError
 from compiled_attn.ir.program import Program
 from compiled_attn.runtime import expr as ex
-from compiled_attn.runtime.call import range_text, strides_of
 from compiled_attn.runtime.call import describe as tensor_text
+from compiled_attn.runtime.call import range_text, strides_of
 from compiled_attn.runtime.contract import (
     Call,
     ConstantSpec,
@@ -57,7 +57,7 @@ def call_of(program: Program, *, dynamic_shapes: Any = None) -> Call:
         in_tree=_tree_text(program.in_spec),
         out_tree=_tree_text(program.out_spec),
     )
-    return _named(_with_symbols(call, program), program, dynamic_shapes)
+    return _named(_with_symbols(call, program), dynamic_shapes)
 
 
 def passes_of(build: Build) -> tuple[PassRecord, ...]:
@@ -213,7 +213,7 @@ def _with_symbols(call: Call, program: Program) -> Call:
     return _replaced(call, symbols, tuple(guards), {})
 
 
-def _named(call: Call, program: Program, dynamic_shapes: Any) -> Call:
+def _named(call: Call, dynamic_shapes: Any) -> Call:
     """The call with torch's symbols (`s77`) renamed to the user's names of dimensions (`batch`)."""
     names: dict[str, str] = {}
     tensors = {t.name: t for t in call.tensors}

@@ -31,7 +31,7 @@ def export(
 ) -> Artifact:
     """Compiles `model` into an artifact at `path` that `compiled_attn.load` and the C++ runner run without the model.
 
-    args, kwargs: example inputs. Dimensions are fixed but for those in dynamic_shapes (as for `compile`, names allowed).
+    args, kwargs: example inputs. Dimensions are fixed but for those in dynamic_shapes (as `compile` takes it).
     target, precision, passes, strict, tune: as for `compile`.
     Tensors that the model writes into must be its inputs (state); a buffer that it writes into is an error.
     Raises CaptureError, PassError, TargetError, LowerError or ContractError, each in four parts.

@@ -80,9 +80,9 @@ def symbols_of(expr: Expr) -> set[str]:
 
 
 def solve(expr: Expr, value: int, symbols: Mapping[str, int]) -> tuple[str, int] | None:
-    """The one unknown symbol of `expr` and its size, given the expression's value, where the expression is linear in it.
+    """The one unknown symbol of `expr` and its size, given the value of the expression, which is linear in it.
 
-    None where no size fits, the expression is not linear, or more than one symbol is unknown.
+    None where no size fits, the expression is not linear, or the number of unknown symbols is not one.
     """
     unknown = symbols_of(expr) - set(symbols)
     if len(unknown) != 1:

@@ -11,17 +11,18 @@ from compiled_attn.ir.errors import ContractError
 from compiled_attn.ir.targets import Target
 from compiled_attn.runtime.contract import Needs
 
-# What a compiler told -march=native uses of its own accord, or Inductor's kernels by intrinsics (names as in /proc/cpuinfo).
-COMPILED = frozenset(
+# What a compiler told -march=native uses of its own accord, or Inductor's kernels by intrinsics; names of /proc/cpuinfo.
+_X86 = (
     "ssse3 sse4_1 sse4_2 popcnt abm movbe bmi1 bmi2 avx avx2 fma f16c avx_vnni gfni vaes vpclmulqdq avx512f avx512cd "
     "avx512bw avx512dq avx512vl avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq "
-    "avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 amx_fp16 asimd asimdhp asimddp asimdrdm asimdfhm fphp atomics "
-    "bf16 i8mm sve sve2 svebf16 svei8mm sme sme2".split()
+    "avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 amx_fp16"
 )
+_ARM = "asimd asimdhp asimddp asimdrdm asimdfhm fphp atomics bf16 i8mm sve sve2 svebf16 svei8mm sme sme2"
+COMPILED = frozenset(f"{_X86} {_ARM}".split())
 
 
 def needs_of(target: Target, isa: Iterable[str] | None = None) -> Needs:
-    """What code that was compiled here for `target` needs. isa: extensions it was limited to; None: all of this CPU's."""
+    """What code compiled here for `target` needs. isa: extensions it was limited to; None: all that this CPU has."""
     flags = set(machine.here().flags & COMPILED if isa is None else isa)
     if target.kind == "cuda":
         flags.add(f"sm_{target.sm}")

@@ -50,14 +50,14 @@ def load(
 ) -> LoadedModel:
     """An artifact that `compiled_attn.export` wrote, as a callable with the model's own signature.
 
-    Loading an artifact runs native code. The contract's digests show damage, not malice: whoever can change the file can
-    change them too. Load only files you trust, or give `expect_sha256`, the SHA-256 in hex of the whole file, from a
-    source you trust.
+    Loading an artifact runs native code. The contract's digests show damage, not malice: whoever can change the file
+    can change them too. Load only files you trust, or give `expect_sha256`, the SHA-256 in hex of the whole file, from
+    a source you trust.
 
     device: "cuda:1" and the like, of the kind that the artifact was built for.
     threads: sets torch's number of threads, for the whole process as `torch.set_num_threads` does; None leaves it.
-    Raises ContractError, in four parts, before any code of the file is opened: unreadable or damaged file, contract that
-    contradicts the package, another torch release, another machine or CPU. Safe to call from several threads.
+    Raises ContractError, in four parts, before any code of the file is opened: unreadable or damaged file, contract
+    that contradicts the package, another torch release, another machine or CPU. Safe to call from several threads.
     """
     path = Path(path)
     contents = _checked(path, _bytes_of(path, expect_sha256), torch.__version__)
@@ -173,7 +173,7 @@ def _compare_members(stated: Contract, members: Mapping[str, memoryview], where:
             raise ContractError(
                 f"member {member.name} is not the one that the contract names",
                 where=where,
-                facts=f"stated {member.size} bytes, SHA-256 {member.sha256[:12]}..; found {payload.nbytes} bytes or another",
+                facts=f"stated are {member.size} bytes of SHA-256 {member.sha256[:12]}, found {payload.nbytes} others",
                 do="export the model again, or fetch the file again",
             )
 

@@ -114,10 +114,9 @@ def compare(contract: Contract, facts: PackageFacts, where: str) -> None:
     """Raises ContractError at the first statement of the package that the contract contradicts."""
     _compare_metadata(contract, facts, where)
     call = contract.call
-    outputs = sum(isinstance(o, TensorSpec) for o in call.outputs)
-    if (len(call.tensors), outputs) != facts.counts:
-        said = "{} tensors in and {} out".format(*facts.counts)
-        raise _clash(where, f"{len(call.tensors)} tensors in and {outputs} out", said)
+    if (len(call.tensors), len(call.outputs)) != facts.counts:
+        said = "{} tensors in and {} results".format(*facts.counts)
+        raise _clash(where, f"{len(call.tensors)} tensors in and {len(call.outputs)} results", said)
     for which, stated in (("in", call.in_tree), ("out", call.out_tree)):
         if facts.specs.get(which) != stated:
             raise _clash(where, f"another structure of the {which}puts", "its own")
