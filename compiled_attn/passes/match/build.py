@@ -87,20 +87,25 @@ class Builder:
         if _is_permutation(layout, dims):
             return self.call(aten.permute.default, node, _permutation(layout, dims))
         wanted = [axis for dim in dims for axis in dim]
-        present = [axis for axis in wanted if axis in have]
-        if any(len(dim) != 1 for dim in layout):
-            node = self.call(aten.view.default, node, [self.size([axis]) for axis in have])
-        order = [have.index(axis) for axis in present]
+        order = [have.index(axis) for axis in wanted if axis in have]
         if order != list(range(len(order))):
+            if any(len(dim) != 1 for dim in layout):
+                node = self.call(aten.view.default, node, [self.size([axis]) for axis in have])
             node = self.call(aten.permute.default, node, order)
-        if len(present) < len(wanted):
-            for place, axis in enumerate(wanted):
-                if axis not in have:
-                    node = self.call(aten.unsqueeze.default, node, place)
+            layout = tuple((axis,) for axis in wanted if axis in have)
+        if len(order) == len(wanted) and all(len(dim) <= 1 for dim in dims):
+            return self._view(node, layout, dims)
+        apart = [(axis,) if axis in have else () for axis in wanted]
+        node = self._view(node, layout, apart)
+        if len(order) < len(wanted):
             node = self.call(aten.expand.default, node, [self.size([axis]) for axis in wanted])
-        if all(len(dim) == 1 for dim in dims):
+        return node if all(len(dim) == 1 for dim in dims) else self._merge(node, dims)
+
+    def _view(self, node: fx.Node, layout: Layout, dims: Sequence[Dim]) -> fx.Node:
+        """The same axes in the same order, one or none a dimension: always a view."""
+        if list(layout) == list(dims):
             return node
-        return self._merge(node, dims)
+        return self.call(aten.view.default, node, [self.size(dim) if dim else 1 for dim in dims])
 
     def _merge(self, node: fx.Node, dims: Sequence[Dim]) -> fx.Node:
         sizes = [self.size(dim) if dim else 1 for dim in dims]
