@@ -43,17 +43,16 @@ def write_artifact(
     target: Target,
     *,
     passes: Sequence[PassRecord] = (),
-    isa: Sequence[str] | None = None,
 ) -> Artifact:
     """Writes the artifact of a raw package that AOTInductor made of a program on this machine.
 
-    call: how it is called, or the program to read that from.  isa: the extensions that the code was limited to; None:
-    all that this CPU has.  The file appears at once or not at all. Raises ContractError where the package contradicts.
+    call: how it is called, or the program to read that from.  The file appears at once or not at all.
+    Raises ContractError where the package contradicts the contract, or the file can not be written.
     """
     path = Path(path)
     if isinstance(call, Program):
         call = describe.call_of(call)
-    stated = Contract(call, needs_of(target, isa), _versions(target), tuple(passes))
+    stated = Contract(call, needs_of(target), _versions(target), tuple(passes))
     members = _stamped(_raw_members(Path(raw)), stated.stamp())
     specs = tuple(MemberSpec(n, len(b), hashlib.sha256(b).hexdigest()) for n, b in members)
     stated = replace(stated, members=specs)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable
-
-from compiled_attn.ir import machine
+from compiled_attn.ir import machine, targets
 from compiled_attn.ir.errors import ContractError
 from compiled_attn.ir.targets import Target
 from compiled_attn.runtime.contract import Needs
 
-# What a compiler told -march=native uses of its own accord, or Inductor's kernels by intrinsics; names of /proc/cpuinfo.
+# What a compiler told -march=native uses by itself, or Inductor's kernels by intrinsics; names of /proc/cpuinfo.
 _X86 = (
     "ssse3 sse4_1 sse4_2 popcnt abm movbe bmi1 bmi2 avx avx2 fma f16c avx_vnni gfni vaes vpclmulqdq avx512f avx512cd "
     "avx512bw avx512dq avx512vl avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq "
@@ -21,9 +19,21 @@ _ARM = "asimd asimdhp asimddp asimdrdm asimdfhm fphp atomics bf16 i8mm sve sve2 
 COMPILED = frozenset(f"{_X86} {_ARM}".split())
 
 
-def needs_of(target: Target, isa: Iterable[str] | None = None) -> Needs:
-    """What code compiled here for `target` needs. isa: extensions it was limited to; None: all that this CPU has."""
-    flags = set(machine.here().flags & COMPILED if isa is None else isa)
+# The x86-64 psABI's levels, which compilers know as -march; each includes those before it.
+_V2 = {"ssse3", "sse4_1", "sse4_2", "popcnt"}
+_V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+LEVELS = {"x86-64-v2": _V2, "x86-64-v3": _V3, "x86-64-v4": _V4}
+
+
+def needs_of(target: Target) -> Needs:
+    """What code needs that was compiled here for `target`, by the rules of `lower.inductor_config`.
+
+    For this machine's own processor that is all it has (-march=native), for a psABI level what the level holds.
+    """
+    is_native = target.kind == "cuda" or target.march == targets.load("cpu").march
+    every = machine.here().flags & COMPILED
+    flags = set(every if is_native else LEVELS.get(target.march, every))
     if target.kind == "cuda":
         flags.add(f"sm_{target.sm}")
     return Needs(target.name, target.kind, sys.platform, platform.machine(), tuple(sorted(flags)))
