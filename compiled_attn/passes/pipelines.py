@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compiled_attn.passes.base import Pass
 from compiled_attn.passes.canonicalize import Canonicalize
@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
 
 
-def default(target: Target, mode: str, named: Sequence[Pass] = (), *, tune: str = "heuristic") -> list[Pass]:
-    """The target's pipeline, with the passes that the user named after raising and before kernels are chosen."""
+def default(
+    target: Target, mode: str, named: Sequence[Pass] = (), *, tune: str = "heuristic", measure: Any = None
+) -> list[Pass]:
+    """The target's pipeline, with the passes that the user named after raising and before kernels are chosen.
+
+    measure: the runtime's measurement service, which tune="measure" needs.
+    """
     from compiled_attn.passes.choose_attention import ChooseAttention
     from compiled_attn.passes.pack_linear import PackLinear
 
@@ -24,5 +29,10 @@ def default(target: Target, mode: str, named: Sequence[Pass] = (), *, tune: str 
         return [RaiseAttention(), *named]
     passes: list[Pass] = [Canonicalize(), FoldBatchNorm(), FoldConstants(), RaiseAttention(), *named, Canonicalize()]
     if target.kind == "cpu":
-        passes += [ChooseAttention(), PackLinear(tune=tune)]
+        passes += [ChooseAttention(), PackLinear(tune, measure)]
     return passes
+
+
+def portable(named: Sequence[Pass] = ()) -> list[Pass]:
+    """For programs that another runtime or the user reads (ONNX, taps): no kernel of ours is chosen."""
+    return [Canonicalize(), FoldBatchNorm(), FoldConstants(), RaiseAttention(), *named, Canonicalize()]
