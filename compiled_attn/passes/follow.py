@@ -374,8 +374,11 @@ class Follow:
             dim = d - offset + (shift if d > batch else 0)
             stage = self.stages[tokens.stage - 1]
             if stage.fused:
-                last = value.meta["val"].dim() - 1 - dim
-                value = call(aten.constant_pad_nd.default, (value, [0, 0] * last + [0, 1], fill), like=node)
+                shape = self.sizes(value, node)
+                shape[dim] = 1
+                options = {"dtype": value.meta["val"].dtype, "device": value.meta["val"].device}
+                entry = call(aten.full.default, (shape, fill), options, like=node)
+                value = call(aten.cat.default, ([value, entry], dim), like=node)
             index = self.full_index(stage, tokens.before)
             for extra in range(value.meta["val"].dim()):
                 if extra not in (first, dim):
