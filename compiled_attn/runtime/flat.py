@@ -1,0 +1,58 @@
+"""A Program as a plain GraphModule for AOTAutograd: its tensors are arguments, its mutation is in place."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind, OutputKind
+
+from compiled_attn.ir.program import Program, copy_graph
+
+INSIDE = (InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ)
+MUTATIONS = (OutputKind.USER_INPUT_MUTATION, OutputKind.BUFFER_MUTATION)
+
+
+def flat_module(program: Program, *, inside: bool = True) -> fx.GraphModule:
+    """The program's graph on flat arguments: parameters, buffers and user inputs in the signature's order.
+
+    inside: constants become attributes; otherwise they stay arguments, see `constant_arguments`.
+    New values of mutated inputs and buffers are written by `copy_`; the outputs are the user's alone, a flat tuple.
+    """
+    graph, _ = copy_graph(program.graph)
+    constants: dict[str, Any] = {}
+    by_name = {n.name: n for n in graph.nodes}
+    for spec in program.signature.input_specs:
+        if spec.kind not in INSIDE or not inside:
+            continue
+        node = by_name[spec.arg.name]
+        name = "constant_" + node.name
+        constants[name] = program.constants[spec.target or ""]
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        with graph.inserting_before(first):
+            attribute = graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    output = next(n for n in graph.nodes if n.op == "output")
+    placeholder_of = {s.target: s.arg.name for s in program.signature.input_specs if s.kind == InputKind.BUFFER}
+    written: dict[object, fx.Node] = {}
+    kept: list[object] = []
+    for made, value in zip(program.signature.output_specs, output.args[0], strict=True):
+        if made.kind not in MUTATIONS:
+            kept.append(value)
+            continue
+        name = str(made.target if made.kind == OutputKind.USER_INPUT_MUTATION else placeholder_of[made.target])
+        with graph.inserting_before(output):
+            written[value] = graph.call_function(torch.ops.aten.copy_.default, (by_name[name], value))
+        written[value].meta = dict(value.meta)
+    output.args = (tuple(written.get(v, v) for v in kept),)
+    bodies = {str(n.target) for n in graph.nodes if n.op == "get_attr" and n.target not in constants}
+    return fx.GraphModule({**constants, **{k: attrgetter(k)(program.graph_module) for k in bodies}}, graph)
+
+
+def constant_arguments(program: Program) -> list[Any]:
+    """What the constant placeholders of `flat_module(program, inside=False)` take, in order."""
+    return [program.constants[s.target or ""] for s in program.signature.input_specs if s.kind in INSIDE]

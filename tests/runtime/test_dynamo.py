@@ -1,0 +1,169 @@
+"""The same passes behind Dynamo: graph breaks, dynamic shapes, gradients, and graphs that go on unchanged."""
+
+import copy
+
+import pytest
+import torch
+from small_nets import Net, pictures, worst
+
+from compiled_attn.ir.errors import CaptureError
+from compiled_attn.ir.notes import Note
+from compiled_attn.ir.program import Program
+from compiled_attn.runtime import dynamo
+
+TOLERANCE = 1e-5  # float32, of the largest value
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    dynamo.clear_reports()
+    yield
+    torch._dynamo.reset()
+
+
+def raised() -> list[Note]:
+    return [n for report in dynamo.reports() for n in report.notes.done if n.rule == "raise-attention"]
+
+
+def traced(function, *args) -> list[Program]:
+    """The Programs of the graphs that Dynamo finds, with nothing compiled."""
+    found = []
+
+    def catch(module, example_inputs):
+        found.append(Program.from_dynamo(module, example_inputs))
+        return module.forward
+
+    torch.compile(function, backend=catch)(*args)
+    return found
+
+
+def test_a_model_with_a_graph_break_equals_eager_and_has_its_attention_raised():
+    net = Net(broken=True).eval()
+    fast = torch.compile(net, backend="compiled_attn")
+    x = pictures(2)
+    with torch.no_grad():
+        found, expected = fast(x), net(x)
+    assert worst(found["logits"], expected["logits"]) < TOLERANCE
+    assert worst(found["tokens"], expected["tokens"]) < TOLERANCE
+    assert len(dynamo.reports()) == 2
+    assert [n.where for n in raised()] == ["attn"]
+
+
+def test_a_dynamic_batch_trains_like_eager_with_one_compile():
+    net = Net()
+    plain = copy.deepcopy(net)
+    fast = torch.compile(net, backend="compiled_attn")
+    for batch in (4, 7):
+        x = pictures(batch)
+        torch._dynamo.mark_dynamic(x, 0)
+        for model, call in ((net, fast), (plain, plain)):
+            model.zero_grad()
+            call(x)["logits"].sin().sum().backward()
+        for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+            assert worst(mine.grad, theirs.grad) < 1e-3  # gradients of biases before batch norm are rounding
+        assert worst(net.bn.running_var, plain.bn.running_var) < TOLERANCE
+    assert net.bn.num_batches_tracked == 2
+    assert [r.mode for r in dynamo.reports()] == ["train"]
+    assert len(raised()) == 1
+
+
+def test_another_dtype_compiles_again():
+    fast = torch.compile(torch.nn.Linear(4, 4).double(), backend="compiled_attn")
+    with torch.no_grad():
+        fast(torch.randn(2, 4, dtype=torch.float64))
+        fast.float()
+        fast(torch.randn(2, 4))
+    assert [r.mode for r in dynamo.reports()] == ["inference", "inference"]
+
+
+def test_parameters_and_symbolic_sizes_are_user_inputs():
+    x = torch.randn(3, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    with torch.no_grad():
+        (program,) = traced(torch.nn.Linear(4, 4), x)
+    assert program.mode == "inference"
+    assert not program.state
+    shapes = [tuple(n.meta["val"].shape) for n in program.inputs if isinstance(n.meta["val"], torch.Tensor)]
+    assert (4, 4) in shapes
+    assert any(isinstance(s[0], torch.SymInt) for s in shapes)
+
+
+def test_in_place_ops_on_intermediates_leave_a_functional_program():
+    def double(x):
+        y = x + 1
+        y *= 2
+        return y
+
+    with torch.no_grad():
+        (program,) = traced(double, torch.ones(3))
+    assert "mul_" not in str(program)
+    assert not program.signature.user_inputs_to_mutate
+
+
+def test_a_mutated_input_is_written_in_place():
+    def count(x, state):
+        state.add_(x.sum())
+        return x * state
+
+    fast = torch.compile(count, backend="compiled_attn")
+    state = torch.zeros(())
+    with torch.no_grad():
+        out = fast(torch.ones(3), state)
+    assert state.item() == 3.0
+    assert out.tolist() == [3.0, 3.0, 3.0]
+
+
+def test_a_constant_of_the_graph_is_kept():
+    def shifted(x):
+        return x + torch.tensor([1.0, 2.0, 3.0])
+
+    with torch.no_grad():
+        found = torch.compile(shifted, backend="compiled_attn")(torch.zeros(3))
+    assert found.tolist() == [1.0, 2.0, 3.0]
+
+
+def view_of_written(x):
+    x.add_(1)
+    return x.view(-1)
+
+
+def test_a_graph_that_no_program_expresses_goes_on_unchanged_and_says_why():
+    x = torch.zeros(2, 2)
+    with torch.no_grad():
+        found = torch.compile(view_of_written, backend="compiled_attn")(x)
+    assert found.tolist() == [1.0] * 4
+    assert found.data_ptr() == x.data_ptr()
+    (report,) = dynamo.reports()
+    assert report.program is None
+    assert "view of an input that the graph writes into" in str(report)
+
+
+def test_strict_makes_that_an_error():
+    fast = torch.compile(view_of_written, backend="compiled_attn", options={"strict": True})
+    with torch.no_grad(), pytest.raises(Exception, match="view of an input") as caught:
+        fast(torch.zeros(2, 2))
+    assert isinstance(caught.value.__cause__ or caught.value.inner_exception, CaptureError)
+
+
+def test_an_unknown_option_is_named():
+    fast = torch.compile(torch.nn.Linear(2, 2), backend="compiled_attn", options={"max_autotune": True})
+    with torch.no_grad(), pytest.raises(Exception, match="max_autotune"):
+        fast(torch.zeros(1, 2))
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_stock_vit_of_transformers_equals_eager(attention):
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    config._attn_implementation = attention
+    model = ViTModel(config).eval()
+    fast = torch.compile(model, backend="compiled_attn")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert worst(fast(x).last_hidden_state, model(x).last_hidden_state) < TOLERANCE
+    assert len(raised()) == (2 if attention == "eager" else 0)
