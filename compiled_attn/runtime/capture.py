@@ -120,9 +120,14 @@ def _away_from_one(example: tuple[Any, Any], shapes: Any, model: nn.Module) -> t
     import inspect
 
     args, kwargs = example
-    names = list(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters.values()
     if isinstance(shapes, Mapping):
-        positional = [shapes.get(n) for n in names[: len(args)]]
+        positional = []
+        for parameter in parameters:
+            spec = shapes.get(parameter.name)
+            many = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+            positional += list(spec or ()) if many else [spec]
+        positional = (positional + [None] * len(args))[: len(args)]
         keyword = {k: shapes.get(k) for k in kwargs}
     else:
         positional, keyword = list(shapes) + [None] * (len(args) - len(shapes)), {}
