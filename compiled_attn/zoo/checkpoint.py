@@ -1,5 +1,6 @@
 """Reading the authors' checkpoints into a model of the zoo, key for key, with a report of what did not fit."""
 
+import argparse
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ def _read(path: Path, where: str) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        read = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # trainers store their options beside; it is data
+            read = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(
             "the checkpoint cannot be read",
@@ -112,7 +114,7 @@ def _weights(read: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     for nest in NESTS:
         if isinstance(read.get(nest), Mapping):
             return _weights(read[nest], where)
-    weights = {key: value for key, value in read.items() if isinstance(value, Tensor)}
+    weights = {key: value for key, value in read.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not weights:
         listed = ", ".join(map(str, list(read)[:8])) or "nothing"
         raise _no_weights(where, f"it holds {listed}; tensors, or one of {', '.join(NESTS)} with tensors, are needed")

@@ -1,5 +1,6 @@
 """Checkpoints: the containers that trainers write, what does not fit, and that a model is never half changed."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_nested_and_prefixed_torch_files_load_whole(tmp_path: Path, nest: str | 
     given = net()
     state = {prefix + key: value for key, value in given.state_dict().items()}
     path = tmp_path / "weights.pth"
-    torch.save(state if nest is None else {nest: state, "epoch": 300, "args": {"lr": 1e-3}}, path)
+    torch.save(state if nest is None else {nest: state, "epoch": 300, "args": argparse.Namespace(lr=1e-3)}, path)
     model = net()
     assert zoo.load_checkpoint(model, path).complete
     for key, value in given.state_dict().items():
@@ -55,7 +56,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["broken.pth", "broken.safetensors", "absent.pth", "absent.safetensors"])
 def test_a_broken_or_absent_file_is_a_named_error(tmp_path: Path, name: str) -> None:
     if name.startswith("broken"):
-        (tmp_path / name).write_bytes(b"\x80\x00not weights")
+        (tmp_path / name).write_bytes(b"\x80\x02not weights")
     with pytest.raises(CheckpointError, match="cannot be read"):
         zoo.load_checkpoint(net(), tmp_path / name)
 
