@@ -115,7 +115,9 @@ def build_package(build: Build, path: str | Path) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:400]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    compiler = [line for line in lines if " error: " in line]
+    return next(iter(compiler or lines), "")[:400]
 
 
 def _floating_dtypes(tree: Any) -> str:

@@ -22,6 +22,8 @@ from compiled_attn.ir.program import Program
 from compiled_attn.ir.targets import Target
 from compiled_attn.passes.base import Pass
 from compiled_attn.runtime.build import Build, Settings, build_package, prepare
+from compiled_attn.runtime.call import Caller
+from compiled_attn.runtime.describe import call_of
 
 LIMIT = 16  # captures of one compiled model; more mean that a dimension should be declared dynamic
 
@@ -82,8 +84,7 @@ class Entry:
     runner: Any
     weights: tuple[tuple[str, int, int], ...]
     tensors: tuple[torch.Tensor, ...]
-    layouts: tuple[tuple[int, ...] | None, ...]
-    out_spec: pytree.TreeSpec
+    caller: Caller
     reason: str
 
     def stale(self) -> str | None:
@@ -118,11 +119,10 @@ class CompiledModel:
         if other is not None:
             return other(*args, **kwargs)
         entry = self.entry_for(args, kwargs)
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        inputs = [_laid_out(x, order) for x, order in zip(tensors, entry.layouts, strict=True)]
+        inputs, sizes = entry.caller.check(entry.caller.bind(args, kwargs))
         with torch.no_grad():
             outputs = entry.runner.loader.boxed_run(inputs)
-        return pytree.tree_unflatten(outputs, entry.out_spec)
+        return entry.caller.restore(outputs, sizes)
 
     @property
     def programs(self) -> list[Program]:
@@ -177,13 +177,15 @@ class CompiledModel:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         used = _used(self.model, build.program)
+        where, kind = f"compiled {type(self.model).__name__}", self.settings.target.kind
         return Entry(
             build=build,
             runner=runner,
             weights=tuple((name, t._version, t.data_ptr()) for name, t in used.items()),
             tensors=tuple(used.values()),
-            layouts=_layouts(build.program),
-            out_spec=build.program.out_spec,
+            caller=Caller(
+                call_of(build.program, dynamic_shapes=self.settings.dynamic_shapes), where, torch.device(kind)
+            ),
             reason=reason,
         )
 
@@ -254,26 +256,6 @@ def _used(model: nn.Module, program: Program) -> dict[str, torch.Tensor]:
     names = {*program.state, *(n for made in program.origin.values() for n in made)}
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     return {n: tensors[n] for n in sorted(names) if n in tensors}
-
-
-def _layouts(program: Program) -> tuple[tuple[int, ...] | None, ...]:
-    """Per tensor input: the order of its dimensions in memory, outermost first; None for contiguous."""
-    found: list[tuple[int, ...] | None] = []
-    for leaf in pytree.tree_leaves(program.example_inputs):
-        if isinstance(leaf, torch.Tensor):
-            order = tuple(sorted(range(leaf.dim()), key=lambda d: -leaf.stride(d))) if leaf.dim() else ()
-            plain = leaf.is_contiguous() or order == tuple(range(leaf.dim()))
-            found.append(None if plain else order)
-    return tuple(found)
-
-
-def _laid_out(tensor: torch.Tensor, order: tuple[int, ...] | None) -> torch.Tensor:
-    """The tensor in the memory order that was compiled for; itself where it already is."""
-    tensor = tensor.detach()
-    if order is None:
-        return tensor.contiguous()
-    moved = tensor.permute(order).contiguous()
-    return moved.permute([order.index(d) for d in range(len(order))])
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
