@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+
 from compiled_attn.ir import machine, targets
 from compiled_attn.ir.errors import ContractError
 from compiled_attn.ir.targets import Target
