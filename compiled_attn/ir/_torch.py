@@ -450,3 +450,21 @@ def cpu_options(march: str, vector_bits: int) -> dict[str, Any]:
             do="build with torch 2.13, or on such a machine with target='cpu'",
         )
     return {"cpp.march": march, "cpp.simdlen": vector_bits}
+
+
+def module_call_like(entry: Any, out_spec: Any) -> Any:
+    """A copy of torch.export's record of the whole call, with another structure of the result."""
+    from dataclasses import replace
+
+    return replace(entry, signature=replace(entry.signature, out_spec=out_spec))
+
+
+def triton_launches(graph: fx.Graph) -> list[tuple[Any, dict[str, Any]]]:
+    """The Triton kernels that a traced graph launches, in order, each with its arguments.
+
+    A launch that sets warps or stages appears as an autotuner of one configuration around the kernel.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    nodes = [node for node in graph.nodes if str(node.target).startswith("triton_kernel_wrapper")]
+    return [(kernel_side_table.get_kernel(node.kwargs["kernel_idx"]), dict(node.kwargs["kwargs"])) for node in nodes]

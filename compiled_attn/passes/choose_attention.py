@@ -47,7 +47,7 @@ class Call:
 def read(node: fx.Node) -> Call | str:
     """What an SDPA node computes, or the sentence that says why the op does not."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     q, k, v = (given[name] for name in names[:3])
     if given.get("dropout_p", 0.0):
         return f"it drops probabilities with p = {given['dropout_p']}"

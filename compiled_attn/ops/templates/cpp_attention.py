@@ -77,7 +77,7 @@ def operands(q: Any, k: Any, v: Any, bias: Any) -> tuple[dict[str, Any], tuple[A
 
 def shape(views: dict[str, Any], scale: float, causal: bool) -> str:
     """C++ statements that fill `s`, the kernel's AttentionShape."""
-    q, k, v, bias = (views.get(name) for name in ("q", "k", "v", "bias"))
+    q, k, v, bias = views["q"], views["k"], views["v"], views.get("bias")
     sizes = (*q.sizes[:3], k.sizes[2], q.sizes[3], v.sizes[3])
     lines = ["compiled_attn_cpp::AttentionShape s{};"]
     names = ("batch", "heads", "queries", "keys", "width", "value_width")
@@ -93,7 +93,7 @@ def shape(views: dict[str, Any], scale: float, causal: bool) -> str:
 def types(views: dict[str, Any]) -> str:
     """The kernels' template arguments: element and bias."""
     bias = views.get("bias")
-    return f"{CTYPES[views['q'].dtype]}, {'void' if bias is None else CTYPES[bias.dtype]}"
+    return f"{CTYPES[views['q'].dtype]}, {'float' if bias is None else CTYPES[bias.dtype]}"
 
 
 def pointers(views: dict[str, Any], names: tuple[str, ...]) -> str:

@@ -90,18 +90,52 @@ COMPILED_ATTN_INLINE void tile(const char* a, int64_t row, int64_t next, const f
   }
 }
 
-// Calls f(first row, rows as a constant) over [0, count), in tiles of R rows, the rest in fours, twos and ones.
+// Calls f(first row, rows as a constant) over [0, count), in tiles of R rows, the rest in fours and ones.
 template <int R, class F>
 COMPILED_ATTN_INLINE void by_tiles(int64_t count, const F& f) {
   int64_t r = 0;
   for (; r + R <= count; r += R) f(r, std::integral_constant<int, R>());
   for (; r + 4 <= count; r += 4) f(r, std::integral_constant<int, 4>());
-  for (; r + 2 <= count; r += 2) f(r, std::integral_constant<int, 2>());
   for (; r < count; ++r) f(r, std::integral_constant<int, 1>());
 }
 
+// A head's bias: its first element, null where there is none.
+struct BiasRows {
+  const void* data;
+  bool bf16;
+};
+
+// to [keys, W] = bias * log2(e), transposed, for the queries of a block and keys from `from` on; W = vectors * kWidth.
+template <class Bias>
+void load_bias(const AttentionShape& s, const Bias* from, int64_t vectors, int64_t count, int64_t keys, float* to) {
+  const Vec unit = vset(kLog2e);
+  for (int64_t j = 0; j < vectors; ++j) {
+    for (int64_t key = 0; key < keys; key += kWidth) {
+      const int64_t columns = std::min<int64_t>(kWidth, keys - key);
+      const Bias* corner = from + j * kWidth * s.bias[2] + key * s.bias[3];
+      Vec r[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const Bias* row = corner + i * s.bias[2];
+        if (s.bias[2] == 0) {
+          r[i] = vset(i < columns ? to_float(corner[i * s.bias[3]]) : 0.f);
+        } else if (j * kWidth + i >= count) {
+          r[i] = vset(0.f);
+        } else if (s.bias[3] == 1) {
+          r[i] = vload(row, columns);
+        } else {
+          float lanes[kWidth] = {};
+          for (int64_t c = 0; c < columns; ++c) lanes[c] = to_float(row[c * s.bias[3]]);
+          r[i] = vload(lanes);
+        }
+      }
+      if (s.bias[2] != 0) vtranspose(r);
+      for (int64_t i = 0; i < columns; ++i) vstore(to + ((key + i) * vectors + j) * kWidth, vmul(r[i], unit));
+    }
+  }
+}
+
 // One block of NV * kWidth queries of one head against all keys.
-template <class T, class Bias, int NV>
+template <class T, int NV>
 class QueryBlock {
   using Step = StepOf<T>;
   static constexpr int W = NV * kWidth;
@@ -110,7 +144,7 @@ class QueryBlock {
  public:
   static int64_t floats(const AttentionShape& s) {
     const int64_t copies = std::is_same<T, Bf16>::value ? kMaxKeys * (s.width + s.value_width) : 0;
-    return W * (s.width + 1 + s.value_width + kMaxKeys + (std::is_same<Bias, void>::value ? 0 : kMaxKeys)) + copies;
+    return W * (s.width + 1 + s.value_width + 2 * kMaxKeys) + copies;
   }
 
   QueryBlock(const AttentionShape& shape, float* memory) : s(shape) {
@@ -118,11 +152,11 @@ class QueryBlock {
     scores = queries + (s.width + 1) * W;
     sums = scores + kMaxKeys * W;
     added = sums + s.value_width * W;
-    copies = added + (std::is_same<Bias, void>::value ? 0 : kMaxKeys * W);
+    copies = added + kMaxKeys * W;
   }
 
   // `q`, `k`, `v`, `out` point at the head, `bias` too; the block is the queries [first, first + count).
-  void run(const T* q, const T* k, const T* v, const Bias* bias, T* out, int64_t first, int64_t count) {
+  void run(const T* q, const T* k, const T* v, BiasRows bias, T* out, int64_t first, int64_t count) {
     load_queries(q + first * s.q[2], count);
     for (int j = 0; j < NV; ++j) {
       greatest[j] = vset(kMinusInfinity);
@@ -137,7 +171,10 @@ class QueryBlock {
     const int64_t size = blocks ? ((seen + blocks - 1) / blocks + whole - 1) / whole * whole : 0;
     for (int64_t begin = 0; begin < seen; begin += std::min(size, kMaxKeys)) {
       const int64_t keys = std::min(std::min(size, kMaxKeys), seen - begin);
-      if constexpr (!std::is_same<Bias, void>::value) load_bias(bias, first, count, begin, keys);
+      const int64_t corner = first * s.bias[2] + begin * s.bias[3];
+      biased = bias.data != nullptr;
+      if (biased && bias.bf16) load_bias(s, static_cast<const Bf16*>(bias.data) + corner, NV, count, keys, added);
+      if (biased && !bias.bf16) load_bias(s, static_cast<const float*>(bias.data) + corner, NV, count, keys, added);
       score(k + begin * s.k[2], begin, keys, s.causal && begin + keys > first + 1);
       soften(keys);
       gather(v + begin * s.v[2], keys);
@@ -173,34 +210,6 @@ class QueryBlock {
     }
   }
 
-  // added [keys, W] = bias * log2(e), transposed.
-  COMPILED_ATTN_INLINE void load_bias(const Bias* bias, int64_t first, int64_t count, int64_t begin, int64_t keys) {
-    const Bias* from = bias + first * s.bias[2] + begin * s.bias[3];
-    const Vec unit = vset(kLog2e);
-    for (int j = 0; j < NV; ++j) {
-      const int64_t rows = std::min<int64_t>(kWidth, std::max<int64_t>(0, count - j * kWidth));
-      for (int64_t key = 0; key < keys; key += kWidth) {
-        const int64_t columns = std::min<int64_t>(kWidth, keys - key);
-        Vec r[kWidth];
-        if (s.bias[2] == 0) {
-          for (int64_t i = 0; i < columns; ++i) r[i] = vset(to_float(from[(key + i) * s.bias[3]]));
-        } else {
-          for (int i = 0; i < kWidth; ++i) r[i] = i < rows ? bias_row(from, j * kWidth + i, key, columns) : vset(0.f);
-          vtranspose(r);
-        }
-        for (int64_t i = 0; i < columns; ++i) vstore(added + (key + i) * W + j * kWidth, vmul(r[i], unit));
-      }
-    }
-  }
-
-  COMPILED_ATTN_INLINE Vec bias_row(const Bias* from, int64_t query, int64_t key, int64_t columns) {
-    from += query * s.bias[2] + key * s.bias[3];
-    if (s.bias[3] == 1) return columns == kWidth ? vload(from) : vload(from, columns);
-    float lanes[kWidth] = {};
-    for (int64_t i = 0; i < columns; ++i) lanes[i] = to_float(from[i * s.bias[3]]);
-    return vload(lanes);
-  }
-
   // scores [keys, W] = log2(e) * (scale * k q^T + bias), and the greatest of each lane so far.
   COMPILED_ATTN_INLINE void score(const T* k, int64_t begin, int64_t keys, bool masked) {
     int64_t stride = s.k[2] * int64_t(sizeof(T));
@@ -228,7 +237,7 @@ class QueryBlock {
           Vec x = sum[r][j];
           const int64_t at = (key + r) * W + j * kWidth;
           if constexpr (Step::kPerStep == 2) x = vmul(x, vset(s.scale * kLog2e));
-          if constexpr (!std::is_same<Bias, void>::value) x = vadd(x, vload(added + at));
+          if (biased) x = vadd(x, vload(added + at));
           if (masked) {
             x = vless(vload(position + j * kWidth), vset(float(begin + key + r)), vset(kMinusInfinity), x);
           }
@@ -373,21 +382,22 @@ class QueryBlock {
   float *queries, *scores, *sums, *added, *copies;
   Vec greatest[NV], total[NV], factor[NV];
   float before[W], position[W];
+  bool biased = false;
 };
 
-template <class T, class Bias, int NV>
-void run_block(const AttentionShape& s, const T* q, const T* k, const T* v, const Bias* bias, T* out, int64_t first,
+template <class T, int NV>
+void run_block(const AttentionShape& s, const T* q, const T* k, const T* v, BiasRows bias, T* out, int64_t first,
                float* memory) {
-  QueryBlock<T, Bias, NV>(s, memory).run(q, k, v, bias, out, first, std::min<int64_t>(NV * kWidth, s.queries - first));
+  QueryBlock<T, NV>(s, memory).run(q, k, v, bias, out, first, std::min<int64_t>(NV * kWidth, s.queries - first));
 }
 
-// `Bias` is void where there is none. Threads: OpenMP's, one task a block of queries.
+// `bias` is null where there is none. Threads: OpenMP's, one task a block of queries.
 template <class T, class Bias>
 void attention(const AttentionShape& s, const T* q, const T* k, const T* v, const Bias* bias, T* out) {
   const int64_t vectors = (s.queries + kWidth - 1) / kWidth;
   const int64_t blocks = (vectors + kMaxVectors - 1) / kMaxVectors;
   const int64_t tasks = s.batch * s.heads * blocks;
-  const int64_t floats = QueryBlock<T, Bias, kMaxVectors>::floats(s);
+  const int64_t floats = QueryBlock<T, kMaxVectors>::floats(s);
 #pragma omp parallel if (tasks > 1)
   {
     constexpr uintptr_t line = 64;  // bytes
@@ -403,14 +413,13 @@ void attention(const AttentionShape& s, const T* q, const T* k, const T* v, cons
       const T* k_head = k + b * s.k[0] + head * s.k[1];
       const T* v_head = v + b * s.v[0] + head * s.v[1];
       T* out_head = out + b * s.out[0] + head * s.out[1];
-      const Bias* bias_head = bias;
-      if constexpr (!std::is_same<Bias, void>::value) bias_head += b * s.bias[0] + head * s.bias[1];
+      const BiasRows rows = {bias ? bias + b * s.bias[0] + head * s.bias[1] : nullptr, std::is_same<Bias, Bf16>::value};
       const int64_t first = begin * kWidth;
-      if (count == 1) run_block<T, Bias, 1>(s, q_head, k_head, v_head, bias_head, out_head, first, aligned);
-      if (count == 2) run_block<T, Bias, 2>(s, q_head, k_head, v_head, bias_head, out_head, first, aligned);
+      if (count == 1) run_block<T, 1>(s, q_head, k_head, v_head, rows, out_head, first, aligned);
+      if (count == 2) run_block<T, 2>(s, q_head, k_head, v_head, rows, out_head, first, aligned);
       if constexpr (kMaxVectors == 4) {
-        if (count == 3) run_block<T, Bias, 3>(s, q_head, k_head, v_head, bias_head, out_head, first, aligned);
-        if (count == 4) run_block<T, Bias, 4>(s, q_head, k_head, v_head, bias_head, out_head, first, aligned);
+        if (count == 3) run_block<T, 3>(s, q_head, k_head, v_head, rows, out_head, first, aligned);
+        if (count == 4) run_block<T, 4>(s, q_head, k_head, v_head, rows, out_head, first, aligned);
       }
     }
   }

@@ -58,7 +58,7 @@ COMPILED_ATTN_INLINE void row_softmax(float* x, int64_t count, float weight) {
   for (int64_t i = 0; i < count; ++i) x[i] *= factor;
 }
 
-// row [B, M] contiguous float32; `at` is the query's number. `Bias` is void where there is none.
+// row [B, M] contiguous float32; `at` is the query's number; `bias` is null where there is none.
 template <class T, class Bias>
 void class_row(const AttentionShape& s, const T* q, const T* k, const Bias* bias, float* row, int64_t at) {
   const int64_t tasks = s.batch * s.heads;
@@ -69,7 +69,7 @@ void class_row(const AttentionShape& s, const T* q, const T* k, const Bias* bias
     const int64_t head = task % s.heads, b = task / s.heads;
     float* to = probabilities + task * s.keys;
     row_scores(s, q + b * s.q[0] + head * s.q[1] + at * s.q[2], k + b * s.k[0] + head * s.k[1], to);
-    if constexpr (!std::is_same<Bias, void>::value) {
+    if (bias) {
       const Bias* from = bias + b * s.bias[0] + head * s.bias[1] + at * s.bias[2];
       for (int64_t m = 0; m < s.keys; ++m) to[m] += to_float(from[m * s.bias[3]]) * kLog2e;
     }

@@ -1,0 +1,77 @@
+// The kernels behind plain C functions, one per element type, for tests that call them with raw pointers.
+#include "attention.h"
+#include "class_row.h"
+#include "select_tokens.h"
+
+using namespace compiled_attn_cpp;
+
+static AttentionShape attention_shape(const int64_t* sizes, const int64_t* strides, float scale, int causal) {
+  AttentionShape s{};
+  s.batch = sizes[0], s.heads = sizes[1], s.queries = sizes[2], s.keys = sizes[3];
+  s.width = sizes[4], s.value_width = sizes[5];
+  for (int i = 0; i < 3; ++i) {
+    s.q[i] = strides[i], s.k[i] = strides[3 + i], s.v[i] = strides[6 + i], s.out[i] = strides[9 + i];
+  }
+  for (int i = 0; i < 4; ++i) s.bias[i] = strides[12 + i];
+  s.scale = scale;
+  s.causal = causal;
+  return s;
+}
+
+// bias_kind: 0 none (a null pointer), 1 float32, 2 bfloat16.
+template <class T>
+static void run_attention(const AttentionShape& s, const void* q, const void* k, const void* v, const void* bias,
+                          int bias_kind, void* out) {
+  const T *a = (const T*)q, *b = (const T*)k, *c = (const T*)v;
+  if (bias_kind != 2) attention<T, float>(s, a, b, c, (const float*)bias, (T*)out);
+  if (bias_kind == 2) attention<T, Bf16>(s, a, b, c, (const Bf16*)bias, (T*)out);
+}
+
+template <class T>
+static void run_class_row(const AttentionShape& s, const void* q, const void* k, const void* bias, int bias_kind,
+                          float* row, int64_t at) {
+  const T *a = (const T*)q, *b = (const T*)k;
+  if (bias_kind != 2) class_row<T, float>(s, a, b, (const float*)bias, row, at);
+  if (bias_kind == 2) class_row<T, Bf16>(s, a, b, (const Bf16*)bias, row, at);
+}
+
+extern "C" {
+
+// The lanes of a vector, and whether bfloat16 is multiplied as such.
+int lanes() { return kWidth; }
+int multiplies_bf16() { return StepOf<Bf16>::kPerStep == 2; }
+
+void call_attention(int bf16, const int64_t* sizes, const int64_t* strides, float scale, int causal, const void* q,
+                    const void* k, const void* v, const void* bias, int bias_kind, void* out) {
+  const AttentionShape s = attention_shape(sizes, strides, scale, causal);
+  if (bf16) {
+    run_attention<Bf16>(s, q, k, v, bias, bias_kind, out);
+  } else {
+    run_attention<float>(s, q, k, v, bias, bias_kind, out);
+  }
+}
+
+void call_class_row(int bf16, const int64_t* sizes, const int64_t* strides, float scale, const void* q, const void* k,
+                    const void* bias, int bias_kind, float* row, int64_t at) {
+  const AttentionShape s = attention_shape(sizes, strides, scale, 0);
+  if (bf16) {
+    run_class_row<Bf16>(s, q, k, bias, bias_kind, row, at);
+  } else {
+    run_class_row<float>(s, q, k, bias, bias_kind, row, at);
+  }
+}
+
+// sizes: batch, tokens, channels, prefix, keep; strides: x, score, out (batch, token each).
+void call_select_tokens(int bf16, int bf16_score, const int64_t* sizes, const int64_t* strides, int fuse, const void* x,
+                        const void* score, void* tokens, int64_t* index) {
+  SelectShape s{};
+  s.batch = sizes[0], s.tokens = sizes[1], s.channels = sizes[2], s.prefix = sizes[3], s.keep = sizes[4];
+  for (int i = 0; i < 2; ++i) s.x[i] = strides[i], s.score[i] = strides[2 + i], s.out[i] = strides[4 + i];
+  s.fuse = fuse;
+  if (bf16 && bf16_score) select_tokens(s, (const Bf16*)x, (const Bf16*)score, (Bf16*)tokens, index);
+  if (bf16 && !bf16_score) select_tokens(s, (const Bf16*)x, (const float*)score, (Bf16*)tokens, index);
+  if (!bf16 && bf16_score) select_tokens(s, (const float*)x, (const Bf16*)score, (float*)tokens, index);
+  if (!bf16 && !bf16_score) select_tokens(s, (const float*)x, (const float*)score, (float*)tokens, index);
+}
+
+}  // extern "C"

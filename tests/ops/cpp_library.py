@@ -1,0 +1,159 @@
+"""The C++ kernels built once per instruction set (kept by the hash of their source) and called with raw pointers."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compiled_attn.ir import machine
+from compiled_attn.ops.templates.base import KERNELS
+
+SOURCE = Path(__file__).parent / "cpp" / "library.cpp"
+BIAS_KINDS = {None: 0, torch.float32: 1, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compile the kernels. needs: CPU flags without which the result does not run here."""
+
+    name: str
+    flags: tuple[str, ...]
+    lanes: int
+    bf16: bool
+    needs: frozenset[str] = frozenset()
+
+
+AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+ON_X86 = (
+    Variant("avx512-bf16", ("-march=x86-64-v4", "-mavx512bf16"), 16, True, AVX512 | {"avx512_bf16"}),
+    Variant("avx512", ("-march=x86-64-v4",), 16, False, AVX512),
+    Variant("avx2", ("-march=x86-64-v3",), 8, False, frozenset({"avx2", "fma"})),
+    Variant("plain", ("-march=x86-64",), 4, False),
+)
+VARIANTS = ON_X86 if platform.machine() in ("x86_64", "AMD64") else (Variant("plain", (), 4, False),)
+
+
+def runnable(variant: Variant) -> bool:
+    return variant.needs <= machine.here().flags
+
+
+@functools.cache
+def library(variant: Variant) -> ctypes.CDLL:
+    """The kernels compiled for a variant, from the cache folder where this source was compiled before."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or "c++"
+    # What Inductor compiles with, of the flags that matter to numbers.
+    common = ["-O2", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math"]
+    common += [
+        "-fno-signed-zeros",
+        "-Wall",
+        "-Werror",
+        "-Wno-psabi",
+        "-Wno-unused-function",
+        "-Wno-maybe-uninitialized",
+    ]
+    command = [compiler, *common, *variant.flags]
+    text = b"".join(p.read_bytes() for p in (SOURCE, *sorted(KERNELS.glob("*.h"))))
+    key = hashlib.sha256(repr(command).encode() + text).hexdigest()[:20]
+    folder = Path(tempfile.gettempdir()) / f"compiled_attn_tests_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"kernels_{key}.so"
+    if not path.exists():
+        fresh = path.with_suffix(f".{os.getpid()}.so")
+        subprocess.run([*command, "-I", str(KERNELS), str(SOURCE), "-o", str(fresh)], check=True)
+        fresh.rename(path)
+    return ctypes.CDLL(str(path))
+
+
+def longs(values: list[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def attention(
+    variant: Variant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+) -> None:
+    """Fills `out` [B, H, N, Dv]; every tensor is read or written by its strides."""
+    library(variant).call_attention(
+        int(q.dtype == torch.bfloat16),
+        *_sizes(q, k, v, out, bias),
+        ctypes.c_float(scale),
+        int(causal),
+        *(pointer(t) for t in (q, k, v, bias)),
+        BIAS_KINDS[None if bias is None else bias.dtype],
+        pointer(out),
+    )
+
+
+def class_row(
+    variant: Variant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bias: torch.Tensor | None,
+    row: torch.Tensor,
+    *,
+    scale: float,
+    at: int,
+) -> None:
+    """Fills `row` [B, M] float32."""
+    library(variant).call_class_row(
+        int(q.dtype == torch.bfloat16),
+        *_sizes(q, k, k, q, bias),
+        ctypes.c_float(scale),
+        *(pointer(t) for t in (q, k, bias)),
+        BIAS_KINDS[None if bias is None else bias.dtype],
+        pointer(row),
+        ctypes.c_int64(at),
+    )
+
+
+def select_tokens(
+    variant: Variant,
+    x: torch.Tensor,
+    score: torch.Tensor,
+    tokens: torch.Tensor | None,
+    index: torch.Tensor | None,
+    *,
+    keep: int,
+    prefix: int,
+    fuse: bool,
+) -> None:
+    """Fills `tokens` [B, prefix + keep (+ 1), C] and `index` [B, keep]; either may be left out."""
+    out = (0, 0) if tokens is None else tokens.stride()[:2]
+    library(variant).call_select_tokens(
+        int(x.dtype == torch.bfloat16),
+        int(score.dtype == torch.bfloat16),
+        longs([*x.shape, prefix, keep]),
+        longs([*x.stride()[:2], *score.stride(), *out]),
+        int(fuse),
+        *(pointer(t) for t in (x, score, tokens, index)),
+    )
+
+
+def _sizes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[ctypes.Array, ctypes.Array]:
+    batch, heads, queries, width = q.shape
+    strides = [s for t in (q, k, v, out) for s in t.stride()[:3]]
+    strides += (0, 0, 0, 0) if bias is None else bias.expand(batch, heads, queries, k.shape[2]).stride()
+    return longs([batch, heads, queries, k.shape[2], width, v.shape[3]]), longs(strides)
