@@ -468,3 +468,20 @@ def triton_launches(graph: fx.Graph) -> list[tuple[Any, dict[str, Any]]]:
 
     nodes = [node for node in graph.nodes if str(node.target).startswith("triton_kernel_wrapper")]
     return [(kernel_side_table.get_kernel(node.kwargs["kernel_idx"]), dict(node.kwargs["kwargs"])) for node in nodes]
+
+
+def symbolic_fakes(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Fake copies of the tensors among `args`, each size above 1 a symbol, equal sizes the same; and their ShapeEnv."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    shape_env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shape_env)
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * value.dim())
+        return mode.from_tensor(value, symbolic_context=context)
+
+    return shape_env, tuple(fake(a) for a in args)

@@ -23,7 +23,7 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causa
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~seen, float("-inf"))
     blind = (scores == float("-inf")).all(-1, keepdim=True)
-    return torch.softmax(scores, -1).masked_fill(blind, 0.0)
+    return torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
 
 
 def tokens_first(out: Tensor) -> Tensor:
