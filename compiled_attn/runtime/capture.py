@@ -49,6 +49,9 @@ def capture(
             facts="autocast is on, and a captured graph would not hold its casts",
             do="leave the autocast block and give precision='bf16'; what compile() returns may be called in it",
         )
+    rewritten = getattr(model, "program_of", None)
+    if rewritten is not None:  # an observed model, whose taps are outputs
+        return rewritten(args, kwargs, dynamic_shapes=dynamic_shapes, mode=mode)
     args, kwargs = tuple(args), dict(kwargs or {})
     example = (args, kwargs)
     shapes = named_dimensions(dynamic_shapes)

@@ -125,6 +125,7 @@ def compile_flat(
     _torch.carry_dynamo_marks(module, flat)
     constants = constant_arguments(lowered)
     options = lower.inductor_config(target, lowered)
+    options.pop("freezing", None)  # parameters are inputs here, and may change between calls
     compiled = _torch.compile_fx(flat, [*constants, *example_inputs], options)
     return (lambda *args: compiled(*constants, *args)) if constants else compiled
 

@@ -6,12 +6,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from compiled_attn.ir.program import Program, copy_graph
 
 INSIDE = (InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ)
+SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")  # makes two modules one state
 MUTATIONS = (OutputKind.USER_INPUT_MUTATION, OutputKind.BUFFER_MUTATION)
 
 
@@ -51,6 +52,27 @@ def flat_module(program: Program, *, inside: bool = True) -> fx.GraphModule:
     output.args = (tuple(written.get(v, v) for v in kept),)
     bodies = {str(n.target) for n in graph.nodes if n.op == "get_attr" and n.target not in constants}
     return fx.GraphModule({**constants, **{k: attrgetter(k)(program.graph_module) for k in bodies}}, graph)
+
+
+def tensor_arguments(program: Program) -> tuple[str, ...]:
+    """Names of the parameters and buffers that `flat_module` takes before the user's inputs, in order."""
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER)
+    return tuple(s.target or "" for s in program.signature.input_specs if s.kind in kinds)
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, tied ones under each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def kind_of(leaf: Any, free: frozenset[int] = frozenset()) -> Any:
+    """What of a flat input must be the same for a capture to serve it; `free`: dimensions of any size."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dtype, leaf.device, tuple(None if d in free else n for d, n in enumerate(leaf.shape))
+    return type(leaf), leaf
 
 
 def constant_arguments(program: Program) -> list[Any]:

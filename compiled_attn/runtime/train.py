@@ -15,17 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from compiled_attn.ir import _torch, targets
 from compiled_attn.ir.errors import CaptureError, PassError
 from compiled_attn.ir.program import Program
 from compiled_attn.runtime.build import Build, Settings, prepare
-from compiled_attn.runtime.flat import flat_module
+from compiled_attn.runtime.flat import SHARED, flat_module, kind_of, tensor_arguments, tensors_of
 
 LIMIT = 16  # captures of one model; more mean that a dimension should be declared dynamic
-SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 def compile_train(
@@ -98,7 +96,7 @@ class TrainedModel(nn.Module):
         for leaf, dims in zip(leaves, entry.free, strict=True):
             if dims:
                 _torch.mark_dynamic(leaf, dims)
-        state = _tensors(self._model)
+        state = tensors_of(self._model)
         flat = entry.function(*(state[name] for name in entry.tensors), *leaves)
         return pytree.tree_unflatten(flat, entry.build.program.out_spec)
 
@@ -127,11 +125,11 @@ class TrainedModel(nn.Module):
         """The compiled entry for such a call in the present train/eval state, captured if there is none."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         flags = tuple(module.training for module in self._model.modules())
-        state = tuple((t.shape, t.dtype, t.device) for t in _tensors(self._model).values())
+        state = tuple((t.shape, t.dtype, t.device) for t in tensors_of(self._model).values())
         with self._lock:
             for (have_flags, have_state, have_spec, kinds), entry in self._entries.items():
                 same = (have_flags, have_state, have_spec) == (flags, state, spec)
-                if same and kinds == tuple(map(_kind, leaves, entry.free)):
+                if same and kinds == tuple(map(kind_of, leaves, entry.free)):
                     return entry
             if len(self._entries) >= LIMIT:
                 raise CaptureError(
@@ -140,7 +138,7 @@ class TrainedModel(nn.Module):
                     do="declare the dimensions that vary: compile(..., dynamic_shapes=...)",
                 )
             entry = self._compile(args, kwargs)
-            self._entries[flags, state, spec, tuple(map(_kind, leaves, entry.free))] = entry
+            self._entries[flags, state, spec, tuple(map(kind_of, leaves, entry.free))] = entry
             state_name = "train" if self._model.training else "eval"
             self.events.append(f"captured in {state_name} mode, {sum(entry.build.seconds.values()):.1f} s")
             return entry
@@ -155,7 +153,7 @@ class TrainedModel(nn.Module):
         return Entry(
             build=build,
             function=torch.compile(flat_module(program), fullgraph=True, options=options),
-            tensors=_taken(program),
+            tensors=tensor_arguments(program),
             free=tuple(_free(node.meta.get("val")) for node in program.inputs),
         )
 
@@ -170,27 +168,7 @@ class TrainedModel(nn.Module):
         return TrainedModel(copy.deepcopy(self._model, memo), self.settings)
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by name, tied ones under each of their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-def _taken(program: Program) -> tuple[str, ...]:
-    kinds = (InputKind.PARAMETER, InputKind.BUFFER)
-    return tuple(s.target or "" for s in program.signature.input_specs if s.kind in kinds)
-
-
 def _free(value: Any) -> frozenset[int]:
     if not isinstance(value, torch.Tensor):
         return frozenset()
     return frozenset(d for d, size in enumerate(value.shape) if _torch.is_symbolic(size))
-
-
-def _kind(leaf: Any, free: frozenset[int]) -> Any:
-    """What of a flat input must be the same for a capture to serve it."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf.dtype, leaf.device, tuple(None if d in free else n for d, n in enumerate(leaf.shape))
-    return type(leaf), leaf
