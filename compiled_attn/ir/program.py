@@ -271,7 +271,13 @@ def fake_call(mode: Any, target: Callable[..., Any], args: Any, kwargs: Any) -> 
 
     args, kwargs = fx.node.map_arg((args, kwargs), value)
     with mode, torch.no_grad():
-        return target(*args, **kwargs)
+        try:
+            return target(*args, **kwargs)
+        except RuntimeError as error:
+            if "concrete integers" not in str(error):
+                raise
+            with _torch.python_dispatcher():  # a composite op whose C++ body takes no symbolic sizes
+                return target(*args, **kwargs)
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
