@@ -38,6 +38,13 @@ def fake_mode_of(graph: fx.Graph) -> Any:
     return FakeTensorMode(shape_env=ShapeEnv())
 
 
+def python_dispatcher() -> Any:
+    """A context in which composite ops run by their Python decompositions, which take symbolic sizes."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
 def symbolic_argument(name: str, value: Any) -> Any:
     """torch.export's argument record for a SymInt, SymFloat or SymBool output of a graph."""
     from torch.export import graph_signature as sig
@@ -485,3 +492,19 @@ def symbolic_fakes(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         return mode.from_tensor(value, symbolic_context=context)
 
     return shape_env, tuple(fake(a) for a in args)
+
+
+def inductor_lowering(overload: Any) -> Any:
+    """What Inductor lowers `overload` by, or None."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings.get(overload)
+
+
+def compile_and_read(model: Any, *args: Any) -> tuple[Any, str]:
+    """`model` compiled by torch.compile with symbolic sizes and called once; and the code that Inductor wrote."""
+    from torch._inductor.utils import run_and_get_code
+
+    compiled = torch.compile(model, dynamic=True)
+    _, code = run_and_get_code(compiled, *args)
+    return compiled, "\n".join(code)
