@@ -59,7 +59,7 @@ def enliven(model: nn.Module) -> None:
 
 def timm_model(name: str, attention: str, **config: Any) -> nn.Module:
     """A timm model whose attention is written out (eager) or fused (sdpa)."""
-    import tests.torchvision_shim  # noqa: F401
+    import torchvision_shim  # noqa: F401
 
     timm = __import__("timm")
     before = timm.layers.use_fused_attn()
@@ -85,7 +85,7 @@ def timm_case(name: str, side: int, blocks: int, attention: tuple[str, ...] = AT
 
 
 def transformers_model(name: str, attention: str, **config: Any) -> nn.Module:
-    import tests.torchvision_shim  # noqa: F401
+    import torchvision_shim  # noqa: F401
 
     transformers = __import__("transformers")
     kind = getattr(transformers, name)

@@ -111,13 +111,15 @@ def raise_one(edit: Edit, found: Attention, notes: Notes) -> Decline | None:
 
 def plan_for(edit: Edit, found: Attention) -> Plan | Decline:
     kind = values.dtype(found.v[0])
-    batch, heads = _batch_and_heads(found)
+    q_options = sources(edit, *found.q, multiplied=True)
+    k_options = sources(edit, *found.k, multiplied=True)
+    v_options = sources(edit, *found.v, multiplied=False)
+    out_options = _rearranged(found)
+    batch, heads = _batch_and_heads(found)  # after the walks above, which split flattened axes
     rows = (batch, heads, found.queries, found.depth)
     columns = (batch, heads, found.keys, found.depth)
     valued = (batch, heads, found.keys, found.width)
-    q = _source(edit, *found.q, rows, kind, multiplied=True)
-    k = _source(edit, *found.k, columns, kind, multiplied=True)
-    v = _source(edit, *found.v, valued, kind, multiplied=False)
+    q, k, v = _best(q_options, rows, kind), _best(k_options, columns, kind), _best(v_options, valued, kind)
     pv, qk = found.mixed.product.node, found.scores.product.node
     if q is None or k is None or v is None:
         return Decline(pv, f"{qk.name} is {_type(found.q[0])} while v is {_type(found.v[0])}")
@@ -136,7 +138,8 @@ def plan_for(edit: Edit, found: Attention) -> Plan | Decline:
             )
     if not math.isfinite(scale):
         return Decline(qk, f"the scores {qk.name} are scaled by {scale}")
-    out, out_layout = _target(found, (batch, heads, found.queries, found.width))
+    wanted = [whole(dim) for dim in (batch, heads, found.queries, found.width)]
+    out, out_layout = next((o for o in out_options if list(settled(o[1])) == wanted), out_options[0])
     condition = _condition(found)
     return Plan(batch, heads, found.queries, found.keys, q, k, v, out, out_layout, scale, tuple(factors), condition)
 
@@ -147,16 +150,14 @@ def _batch_and_heads(found: Attention) -> tuple[Dim, Dim]:
     return (axes[:-1], axes[-1:]) if len(axes) > 1 else (axes, ())
 
 
-def _source(
-    edit: Edit, node: fx.Node, layout: Layout, dims: tuple[Dim, ...], kind: torch.dtype, *, multiplied: bool
-) -> Source | None:
-    """The tensor of dtype `kind` from which a factor is made with the fewest copies."""
-    options = [s for s in sources(edit, node, layout, multiplied=multiplied) if values.dtype(s.node) == kind]
-    return min(reversed(options), key=lambda s: cost(s, dims), default=None)
+def _best(options: list[Source], dims: tuple[Dim, ...], kind: torch.dtype) -> Source | None:
+    """The tensor of dtype `kind` from which a factor is made with the fewest copies, the furthest up of equals."""
+    fitting = [s for s in options if values.dtype(s.node) == kind]
+    return min(reversed(fitting), key=lambda s: cost(s, dims), default=None)
 
 
-def _target(found: Attention, dims: tuple[Dim, ...]) -> tuple[fx.Node, Layout]:
-    """The node that the result stands for: the product with v, or a rearrangement of it that is nearer to [B,H,N,Dv]."""
+def _rearranged(found: Attention) -> list[tuple[fx.Node, Layout]]:
+    """The product with v, and the rearrangements of it alone that follow, any of which the result may stand for."""
     node, layout = found.mixed.product.node, found.out
     options = [(node, layout)]
     while len(users := values.readers(node)) == 1 and is_layout_op(users[0]) and users[0].args[0] is node:
@@ -166,8 +167,7 @@ def _target(found: Attention, dims: tuple[Dim, ...]) -> tuple[fx.Node, Layout]:
             break
         layout = down
         options.append((node, layout))
-    wanted = [whole(dim) for dim in dims]
-    return next((o for o in options if list(settled(o[1])) == wanted), options[0])
+    return options
 
 
 def _mask_value(found: Attention, place: int) -> float | None:

@@ -183,6 +183,9 @@ class ReorganizeTokens:
         patches = follow.patches(block.attention)
         count: Any = patches if isinstance(patches, int) else here(operator.add, here.size(x, 1), -axis.before)
         keep: Any = kept(patches, rate) if isinstance(patches, int) else kept_nodes(here, count, rate)
+        if self.fuse and isinstance(keep, fx.Node):
+            why = f"{self.name}: keep_rate {rate} keeps every patch of so small a picture, and then nothing is fused"
+            here(aten._assert_scalar.default, here(operator.lt, keep, count), why)
         op = getattr(torch.ops, NAMESPACE).select_tokens.default
         chosen = here(op, x, score, keep, prefix=axis.before, fuse=self.fuse)
         tokens = here(operator.getitem, chosen, 0)

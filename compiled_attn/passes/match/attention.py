@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -67,12 +67,14 @@ class Decline:
 
 @dataclass(frozen=True)
 class Softmax:
-    """A softmax, in one op or written by hand. inner: the nodes between `scores` and `node` that are part of it."""
+    """A softmax, in one op or written by hand. inner: the nodes between `scores` and `node` that are part of it.
+    keys: the axes that it runs over, once a match has named them."""
 
     node: fx.Node
     scores: fx.Node
     dim: int
     inner: frozenset[fx.Node] = frozenset()
+    keys: Dim = ()
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def match(program: Program, found: Softmax) -> Attention | Decline | None:
     if not reached(found.node):
         return None
     layout = fresh(shape(found.node))
-    keys_dim = layout[found.dim]
+    found = replace(found, keys=layout[found.dim])
     mixed = descend(program, found.node, layout)
     scores = climb(program, found, found.scores, layout)
     if isinstance(scores, Decline):
@@ -207,14 +209,14 @@ def match(program: Program, found: Softmax) -> Attention | Decline | None:
     leak = _leak(found, scores)
     if leak is not None:
         return leak
-    return _assemble(found, scores, mixed, layout, keys_dim)
+    return _assemble(found, scores, mixed, layout)
 
 
-def _assemble(found: Softmax, scores: Scores, mixed: Mixed, layout: Layout, keys_dim: Dim) -> Attention | Decline:
+def _assemble(found: Softmax, scores: Scores, mixed: Mixed, layout: Layout) -> Attention | Decline:
     qk, pv = scores.product, mixed.product
     left, right = place_left_right(qk, scores.layout)
     v, v_layout, out = place_other_out(pv, mixed.factor, mixed.layout)
-    keys, summed = whole(keys_dim), contraction(pv, mixed.factor, mixed.layout)
+    keys, summed = whole(found.keys), contraction(pv, mixed.factor, mixed.layout)
     if set(keys) != set(summed):
         return Decline(
             found.node,
@@ -261,7 +263,7 @@ def climb(program: Program, found: Softmax, node: fx.Node, layout: Layout, depth
         steps.append(Step("bias", node, own.beta, own.addend, broadcast(layout, shape(own.addend))))
         return Scores(own, layout, tuple(steps), (node,))
     if node.op != "call_function":
-        return Decline(node, f"{found.node.name} reads {node.name}, which is no product of queries and keys", depth)
+        return Decline(node, f"{found.node.name} reads {node.name}: no product of queries and keys lies above", depth)
     if is_layout_op(node) or values.inactive_dropout(node):
         source = node.args[0]
         up = layout if values.inactive_dropout(node) else above(node, layout)
@@ -287,6 +289,8 @@ def _arithmetic(program: Program, found: Softmax, node: fx.Node, layout: Layout,
         options.append((a, b, False))  # type: ignore[arg-type]
     if values.is_tensor(b) and node.target not in DIVIDE:
         options.append((b, a, True))  # type: ignore[arg-type]
+    if node.target in SUBTRACT and (chain := _shift(found, a, b, layout)) is not None:
+        return _after(climb(program, found, a, layout, depth + 1), node, None, tuple(chain))  # type: ignore[arg-type]
     results: list[Scores | Decline] = []
     for path, other, swapped in options:
         if scalar_only(program, path):
@@ -311,7 +315,15 @@ def _arithmetic(program: Program, found: Softmax, node: fx.Node, layout: Layout,
             else:
                 step.append(_bias(node, other, layout, sign * float(alpha)))
         results.append(_after(climb(program, found, path, path_layout, depth + 1), node, step))
-    return _best(results) or _in_the_way(found, node, depth)
+    return _best(program, results) or _in_the_way(found, node, depth)
+
+
+def _shift(found: Softmax, scores: Any, largest: Any, layout: Layout) -> set[fx.Node] | None:
+    """The nodes that take the largest of `scores` over the keys, which softmax does not see when it is subtracted."""
+    for dim, axes in enumerate(layout):
+        if axes and whole(axes) == whole(found.keys):
+            return _largest(largest, scores, dim)
+    return None
 
 
 def scalar_only(program: Program, node: fx.Node) -> bool:
@@ -369,27 +381,35 @@ def _flooring(program: Program, found: Softmax, node: fx.Node, layout: Layout, d
     return _after(climb(program, found, path, broadcast(layout, shape(path)), depth + 1), node, [step])
 
 
-def _after(result: Scores | Decline, node: fx.Node, steps: list[Step] | None) -> Scores | Decline:
+def _after(
+    result: Scores | Decline, node: fx.Node, steps: list[Step] | None, beside: tuple[fx.Node, ...] = ()
+) -> Scores | Decline:
     if isinstance(result, Decline):
         return result
-    return Scores(result.product, result.layout, (*result.steps, *(steps or [])), (*result.path, node))
+    return Scores(result.product, result.layout, (*result.steps, *(steps or [])), (*result.path, *beside, node))
 
 
-def _best(results: list[Scores | Decline]) -> Scores | Decline | None:
-    """Of several ways up: the one found; of two, the one whose factors both depend on the model's input."""
+def _best(program: Program, results: list[Scores | Decline]) -> Scores | Decline | None:
+    """Of several ways up the one found; of two found, the one of whose factors more depend on the model's input."""
     scores = [r for r in results if isinstance(r, Scores)]
-    if scores:
-        return max(scores, key=lambda s: min(_is_activation(s.product.left), _is_activation(s.product.right)))
+    if len(scores) > 1:
+        inputs = {node.name for node in program.inputs}
+        return max(scores, key=lambda s: sum(_depends(f, inputs) for f in (s.product.left, s.product.right)))
     declines = [r for r in results if isinstance(r, Decline)]
-    return max(declines, key=lambda d: d.depth) if declines else None
+    return scores[0] if scores else max(declines, key=lambda d: d.depth, default=None)
 
 
-def _is_activation(node: fx.Node) -> int:
-    """How many of a factor's axes are symbolic or come with an op: products of parameters rank lowest."""
-    seen = 0
-    while is_layout_op(node) and isinstance(node.args[0], fx.Node) and seen < SEARCH:
-        node, seen = node.args[0], seen + 1
-    return 0 if node.op == "placeholder" else 1
+def _depends(node: fx.Node, inputs: set[str]) -> bool:
+    """Whether a value is computed from one of the program's inputs."""
+    queue, seen = [node], {node}
+    while queue:
+        current = queue.pop()
+        if current.op == "placeholder" and current.name in inputs:
+            return True
+        fresh_sources = [n for n in current.all_input_nodes if n not in seen and values.is_tensor(n)]
+        seen.update(fresh_sources)
+        queue += fresh_sources
+    return False
 
 
 def _in_the_way(found: Softmax, node: fx.Node, depth: int) -> Decline:

@@ -114,7 +114,11 @@ def regroup(axes: Dim, sizes: Sequence[Any]) -> Layout | None:
             for place, part in zip(places[j : j + made], parts, strict=True):
                 dims[place] = (part,)
         else:
-            return None
+            found = _interleave(axes[i : i + taken], [sizes[p] for p in places[j : j + made]])
+            if found is None:
+                return None
+            for place, dim in zip(places[j : j + made], found, strict=True):
+                dims[place] = dim
         i, j = i + taken, j + made
     return tuple(dims)
 
@@ -128,6 +132,34 @@ def _first_cut(left: list[Any], right: list[Any]) -> tuple[int, int] | None:
             if fits and _torch.statically_true(math.prod(left[:taken]) == math.prod(right[:made])):
                 return taken, made
     return None
+
+
+def _interleave(axes: Dim, sizes: Sequence[Any]) -> list[Dim] | None:
+    """Dimensions that neither split one axis nor merge several: (6, 4) as (2, 12) splits 6 and merges 3 with 4."""
+    left, dims = list(axes), []
+    for size in sizes:
+        dim: list[Axis] = []
+        while not is_one(size):
+            if not left:
+                return None
+            axis = left.pop(0)
+            rest = _quotient(axis.size, size)
+            if rest is not None and not is_one(rest):
+                axis.parts = (Axis(size), Axis(rest))
+                axis, behind = axis.parts
+                left.insert(0, behind)
+            size = 1 if rest is not None else _quotient(size, axis.size)
+            if size is None:
+                return None
+            dim.append(axis)
+        dims.append(tuple(dim))
+    return None if left else dims
+
+
+def _quotient(size: Any, divisor: Any) -> Any:
+    """size / divisor where that is known to be whole, else None."""
+    found = size // divisor
+    return found if _torch.statically_true(found * divisor == size) else None
 
 
 def is_layout_op(node: fx.Node) -> bool:
