@@ -1,6 +1,6 @@
 """Compiles every Triton kernel x configuration x target to machine code, with no GPU, and records what it needs.
 
-    python bench/machine_code.py                      # candidates in order until two fit, for every case and target
+    python bench/machine_code.py                      # candidates in order until one fits, for every case and target
     python bench/machine_code.py --all --again        # every candidate, after a kernel has changed
     python bench/machine_code.py --chosen --sm 80 90  # only what the record chooses: prints one JSON line a compile
 
@@ -11,6 +11,7 @@ columns, so that the masks are there. Must not run under TRITON_INTERPRET.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -32,11 +33,11 @@ from triton.compiler import ASTSource
 from compiled_attn.ir import targets
 from compiled_attn.ops.kernels import attention, class_row, select_tokens
 from compiled_attn.ops.templates import triton_attention, triton_class_row, triton_select_tokens
-from compiled_attn.ops.templates.triton_config import BLOCKS, RECORD, SM_LEAST, Config, MachineCode, offered
+from compiled_attn.ops.templates.triton_config import BLOCKS, KERNELS, RECORD, SM_LEAST, Config, MachineCode, offered
 
+SOURCES = ("attention.py", "class_row.py", "select_tokens.py")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {t.sm: t.shared_bytes_per_block for t in map(targets.load, targets.names()) if t.sm >= SM_LEAST}
-ENOUGH = 2
 
 
 @dataclass(frozen=True)
@@ -145,26 +146,25 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 def sweep(record: dict[str, Any], sms: list[int], *, everything: bool) -> Iterator[None]:
     """Fills one triton version's record, case by case; what it holds already is not compiled again.
 
-    Without `everything` it stops at two fitting candidates a case and target.
+    Without `everything` it stops at the first candidate that fits a case and target.
     """
     for case in tqdm(list(cases()), unit="case", file=sys.stderr):
         table = record.setdefault(case.kernel, {}).setdefault(case.name, {})
         for sm in sms:
-            fitting = 0
             for config in case.configs:
                 needs = table.setdefault(config.name, {})
                 if f"sm_{sm}" not in needs:
                     code = compile_for(case, config, sm)
                     needs[f"sm_{sm}"] = [code.registers, code.spills, code.shared]
-                fitting += MachineCode(*needs[f"sm_{sm}"]).fits(SHARED_LIMIT[sm])
-                if fitting == ENOUGH and not everything:
+                fits = MachineCode(*needs[f"sm_{sm}"]).fits(SHARED_LIMIT[sm])
+                if fits and not everything:
                     break
         yield
 
 
-def chosen(sms: list[int]) -> Iterator[dict[str, Any]]:
-    """Compiles anew, for each case and target, the candidate that the record chooses."""
-    for case in cases():
+def chosen(sms: list[int], pattern: str) -> Iterator[dict[str, Any]]:
+    """Compiles anew, for each case whose name matches and each target, the candidate that the record chooses."""
+    for case in (c for c in cases() if re.search(pattern, c.name)):
         for sm in sms:
             target = SimpleNamespace(sm=sm, shared_bytes_per_block=SHARED_LIMIT[sm])
             fitting = offered(case.kernel, case.name, case.configs, target)
@@ -178,21 +178,26 @@ def chosen(sms: list[int]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record what the Triton kernels' machine code needs, with no GPU.")
     parser.add_argument("--sm", type=int, nargs="*", default=sorted(SHARED_LIMIT), help="compute capabilities, as 80")
-    parser.add_argument("--all", action="store_true", help="every candidate, not only the first two that fit")
+    parser.add_argument("--all", action="store_true", help="every candidate, not only those up to the first that fits")
     parser.add_argument("--again", action="store_true", help="forget what is recorded for the installed triton")
     parser.add_argument("--chosen", action="store_true", help="only compile what the record chooses, print JSON lines")
+    parser.add_argument("--case", default="", help="with --chosen: only cases whose name matches this pattern")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         if options.chosen:
-            for line in chosen(options.sm):
+            for line in chosen(options.sm, options.case):
                 print(json.dumps(line), flush=True)
             return
         record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-        ours = record.setdefault(triton.__version__, {})
+        sources = {name: hashlib.sha256((KERNELS / name).read_bytes()).hexdigest() for name in SOURCES}
+        ours = record.setdefault(triton.__version__, {"sources": sources, "kernels": {}})
         if options.again:
-            ours.clear()
-        for _ in sweep(ours, options.sm, everything=options.all):
+            ours["kernels"].clear()
+        elif ours["sources"] != sources:
+            parser.error("the kernels have changed since their machine code was recorded; give --again")
+        ours["sources"] = sources
+        for _ in sweep(ours["kernels"], options.sm, everything=options.all):
             text = json.dumps(record, indent=1, sort_keys=True)
             RECORD.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n")
 

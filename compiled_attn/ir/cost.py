@@ -1,9 +1,9 @@
 """What a program costs: floating-point operations and bytes, from shapes alone; symbolic sizes stay symbols.
 
-Flops are counted as in the papers' tables (which fvcore makes), times two for multiply and add: products (linear, matrix
-product, convolution, attention), which a target's peak is stated for, and five multiply-adds an element for a
-normalisation. Pointwise work and softmax count their bytes only. Bytes are those of a node run alone: its inputs read once, its outputs
-written once; a view moves nothing. Vocabulary ops bring their own rule (`Op.cost`).
+Flops are counted as in the papers' tables (which fvcore makes), times two for multiply and add: products (linear,
+matrix product, convolution, attention), which a target's peak is stated for, and five multiply-adds an element for a
+normalisation. Pointwise work and softmax count their bytes only. Bytes are those of a node run alone: its inputs read
+once, its outputs written once; a view moves nothing. Vocabulary ops bring their own rule (`Op.cost`).
 """
 
 from __future__ import annotations

@@ -1,17 +1,106 @@
 """Launches the Triton kernels of ops/kernels; triton is imported when a function here is first called.
 
-`register()` makes each launch a `torch.library.triton_op`, through which Inductor and AOTInductor see into the launch
-and carry the kernel into generated code and packages. Under Triton's interpreter the same functions run on CPU tensors.
-Configurations come from the templates and are chosen for a compute capability (`sm`: 80 for an A100).
+`stand_in` gives, for a vocabulary op, a function of the same signature that launches its kernel through a
+`torch.library.triton_op`: Inductor and AOTInductor see into it and carry the kernel into generated code and packages.
+The configuration is the first that the template offers for the target. Under Triton's interpreter `attention`,
+`class_row` and `select_tokens` run on CPU tensors.
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 
+from compiled_attn.ir import targets
+from compiled_attn.ir.errors import TargetError
 from compiled_attn.ops.templates import triton_attention, triton_class_row, triton_select_tokens
 from compiled_attn.ops.templates.triton_config import Config, block_of
+
+
+def stand_in(op: str, target: targets.Target) -> Callable[..., Any]:
+    """A function with the vocabulary op's signature that launches its Triton kernel, configured for `target`.
+
+    Raises TargetError where no Triton kernel serves the op; whether one covers a call, the template's `accepts` says.
+    """
+    launches = _operators()
+    if op not in launches:
+        raise TargetError(
+            f"no Triton kernel serves {op}",
+            where=f"target={target.name!r}",
+            facts=f"there are kernels for {', '.join(sorted(launches))}",
+            do="lower the op by its decomposition",
+        )
+    return partial(_CALLS[op], launches[op], target.name)
+
+
+@cache
+def _operators() -> dict[str, Any]:
+    """The launches as operators, `compiled_attn_triton::<op>`, which take the target's name as an argument."""
+    launches: dict[str, Any] = {
+        "attention": _attention,
+        "attention_with_class_row": _attention_with_class_row,
+        "select_tokens": _select_tokens,
+    }
+    return {
+        op: torch.library.triton_op(f"compiled_attn_triton::{op}", launch, mutates_args=())
+        for op, launch in launches.items()
+    }
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    target: str,
+) -> torch.Tensor:
+    config = triton_attention.chosen((q, k, v, bias), {"causal": causal}, targets.load(target))[0]
+    return attention(q, k, v, bias, scale=scale, causal=causal, config=config)
+
+
+def _attention_with_class_row(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, row: int, target: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    device = targets.load(target)
+    logits, mean = (found[0] for found in triton_class_row.chosen((q, k, v, bias), {}, device))
+    config = triton_attention.chosen((q, k, v, bias), {}, device)[0]
+    out = attention(q, k, v, bias, scale=scale, causal=False, config=config)
+    return out, class_row(q, k, bias, scale=scale, row=row, logits_config=logits, mean_config=mean)
+
+
+def _select_tokens(
+    x: torch.Tensor, score: torch.Tensor, keep: int, prefix: int, fuse: bool, target: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    config = triton_select_tokens.chosen((x, score, keep), {"fuse": fuse}, targets.load(target))[0]
+    return select_tokens(x, score, keep, prefix=prefix, fuse=fuse, config=config)
+
+
+def _call_attention(
+    launch: Any, target: str, q: Any, k: Any, v: Any, bias: Any = None, *, scale: float, causal: bool = False
+) -> Any:
+    return launch(q, k, v, bias, scale, causal, target)
+
+
+def _call_class_row(
+    launch: Any, target: str, q: Any, k: Any, v: Any, bias: Any = None, *, scale: float, row: int = 0
+) -> Any:
+    return launch(q, k, v, bias, scale, row, target)
+
+
+def _call_select(
+    launch: Any, target: str, x: Any, score: Any, keep: Any, *, prefix: int = 1, fuse: bool = False
+) -> Any:
+    return launch(x, score, keep, prefix, fuse, target)
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "attention": _call_attention,
+    "attention_with_class_row": _call_class_row,
+    "select_tokens": _call_select,
+}
 
 
 def attention(

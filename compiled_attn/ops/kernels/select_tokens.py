@@ -68,7 +68,7 @@ def select_tokens(
                     channel = (start_c + offs_c).to(tl.int64)
                     value = tl.load(row + channel * stride_xc, mask=channel < C)
                     tl.store(tokens_ptr + tl.cast(n, tl.int64) * C + channel, value, mask=channel < C)
-    else:
+    elif FUSE:
         channel = ((part - row_blocks) * BLOCK_C + offs_c).to(tl.int64)
         acc = tl.zeros([BLOCK_C], tl.float32)
         for start_m in range(0, M, BLOCK_M):

@@ -8,6 +8,7 @@ configuration that this record says fits a target is offered for it.
 import json
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ SM_LEAST = 80  # where Triton's tensor-core products start
 REGISTERS_MOST = 255
 SPILLS_MOST = 0
 RECORD = Path(__file__).with_name("machine_code.json")
+KERNELS = Path(__file__).parents[1] / "kernels"
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,18 @@ def kind_of(dtype: torch.dtype) -> str:
 
 
 @cache
-def recorded(triton_version: str | None = None) -> dict[str, Any]:
-    """kernel -> case -> config -> "sm_80" -> [registers, spills, shared]; the newest version where it has no record."""
+def recorded() -> dict[str, Any]:
+    """kernel -> case -> config -> "sm_80" -> [registers, spills, shared], for the installed triton.
+
+    For the newest triton that was recorded, where none is installed or the installed one has no record.
+    """
     record: dict[str, Any] = json.loads(RECORD.read_text())
     versions = sorted(record, key=lambda version: tuple(int(part) for part in version.split(".")))
-    return record[triton_version if triton_version in record else versions[-1]]
+    try:
+        installed = metadata.version("triton").split("+")[0]
+    except metadata.PackageNotFoundError:
+        installed = versions[-1]
+    return record[installed if installed in record else versions[-1]]["kernels"]
 
 
 def offered(kernel: str, case: str, configs: tuple[Config, ...], target: Any) -> list[Config]:
