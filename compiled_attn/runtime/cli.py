@@ -1,0 +1,373 @@
+"""The command line `compiled-attn`. Exit codes: 0 done, 1 an error in four parts, 2 wrong usage, 3 a fault of ours.
+
+NAME is a paper of the zoo (`evit`), a variant (`evit_s_k07_fuse`), or both (`deit/digits_tiny`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compiled_attn.passes.base import Pass
+    from compiled_attn.runtime.build import Settings
+
+NAMED, FAULT = 1, 3
+
+
+class Group(click.Group):
+    """Commands whose errors are printed in their four parts, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from compiled_attn.ir.errors import CompiledAttnError
+
+        try:
+            return super().invoke(ctx)
+        except CompiledAttnError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(NAMED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if ctx.params.get("traceback"):
+                raise
+            wrapped = CompiledAttnError(
+                f"{ctx.invoked_subcommand} stopped on a fault that is not the user's",
+                where=f"compiled-attn {ctx.invoked_subcommand}",
+                facts=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:400],
+                do="run it again as compiled-attn --traceback ..., and report what it prints",
+            )
+            click.echo(str(wrapped), err=True)
+            ctx.exit(FAULT)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--traceback", is_flag=True, help="Show the Python traceback of a fault.")
+@click.version_option(package_name="compiled-attn")
+def main(traceback: bool) -> None:
+    """A compiler for attention models on torch.export and Inductor."""
+    del traceback
+
+
+def model_options(command: Any) -> Any:
+    """Options of every command that compiles a model."""
+    for option in (
+        click.option(
+            "--passes", "-p", multiple=True, help="A named pass of compiled_attn.passes, e.g. ReorganizeTokens."
+        ),
+        click.option("--no-fuse", is_flag=True, help="Drop the tokens that go; by default they become one token."),
+        click.option("--at", default="3,6,9", show_default=True, help="Blocks, from 0, for --keep-rate."),
+        click.option("--keep-rate", type=float, help="Reorganize tokens (EViT), keeping this share at each of --at."),
+        click.option("--precision", type=click.Choice(["bf16", "fp16"]), help="Compute in this dtype."),
+        click.option("--target", default="auto", show_default=True, help="What to compile for; `doctor` lists them."),
+        click.option("--checkpoint", type=click.Path(path_type=Path), help="The authors' weights file."),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command("list")
+def list_papers() -> None:
+    """List the zoo: papers, variants, parameters, work, accuracy as published."""
+    from compiled_attn import zoo
+    from compiled_attn.runtime.report import aligned
+
+    rows = [("paper", "variant", "parameters", "GMACs", "top-1 %", "weights")]
+    for name, paper in zoo.PAPERS.items():
+        for variant in paper.variants:
+            rows.append((name, variant, *_published(paper, variant)))
+    click.echo(aligned(rows))
+
+
+@main.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Show a paper's record: title, link, reference, variants, published figures, checkpoint keys."""
+    from compiled_attn import zoo
+    from compiled_attn.runtime.report import aligned
+
+    paper_name, variant = resolve(name)
+    paper = zoo.PAPERS[paper_name]
+    facts = [
+        ("paper", f"{paper.title} ({paper.year})"),
+        ("link", paper.link),
+        ("reference", paper.reference),
+        ("checkpoints", paper.keys),
+    ]
+    shown = list(paper.variants) if name == paper_name else [variant]
+    facts += [("config", f"{v}: {paper.variants[v]}") for v in shown]
+    click.echo(aligned(facts))
+    rows = [("variant", "parameters", "GMACs", "top-1 %", "weights")]
+    rows += [(v, *_published(paper, v)) for v in shown]
+    click.echo("\n" + aligned(rows))
+
+
+@main.command()
+@click.argument("name")
+@click.option("--image", required=True, type=click.Path(path_type=Path), help="A picture file.")
+@click.option("--top", default=5, show_default=True, help="How many classes to print.")
+@click.option("--random-weights", is_flag=True, help="Run with no trained weights (the answer means nothing).")
+@model_options
+def run(name: str, image: Path, top: int, random_weights: bool, **options: Any) -> None:
+    """Classify a picture with a model of the zoo, compiled: class numbers and their probabilities."""
+    import torch
+
+    from compiled_attn.runtime.pictures import read_picture
+    from compiled_attn.runtime.progress import Stages
+
+    model, config = model_of(name, options["checkpoint"], trained=not random_weights)
+    picture = read_picture(image, config.img_size, config.in_chans)
+    with Stages(1) as stage:
+        stage("compiling")
+        fast = _compiled(model, (picture,), options)
+    with torch.no_grad():
+        shares = fast(picture).float().softmax(-1)[0]
+    values, classes = shares.topk(min(top, len(shares)))
+    for share, number in zip(values.tolist(), classes.tolist(), strict=True):
+        click.echo(f"class {number:<6} {100 * share:5.1f} %")
+
+
+@main.command()
+@click.argument("name")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file: .pt2, or .onnx.")
+@click.option("--batch", default=1, show_default=True, help="Batch size, or an example of it with --dynamic-batch.")
+@click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
+@model_options
+def export(name: str, output: Path, batch: int, dynamic_batch: bool, **options: Any) -> None:
+    """Export a model of the zoo: an artifact that runs with no Python, or ONNX."""
+    from compiled_attn.runtime.build import prepare
+    from compiled_attn.runtime.export import export_build
+    from compiled_attn.runtime.onnx import export_onnx
+    from compiled_attn.runtime.progress import Stages
+
+    model, config = model_of(name, options["checkpoint"], trained=False)
+    args = (example(config, batch),)
+    shapes = {"x": {0: "batch"}} if dynamic_batch else None
+    if output.suffix == ".onnx":
+        with Stages(1) as stage:
+            stage("ONNX")
+            click.echo(export_onnx(model, args, path=output, dynamic_shapes=shapes, passes=passes_of(options)))
+        return
+    with Stages(2) as stage:
+        stage("capture and passes")
+        build = prepare(model, args, None, settings_of(options, dynamic_shapes=shapes))
+        stage("native code")
+        artifact = export_build(build, output)
+    click.echo(artifact)
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+def inspect(artifact: Path) -> None:
+    """Check an artifact and print its contract; none of its code is run."""
+    from compiled_attn.runtime import describe
+    from compiled_attn.runtime.load import read
+
+    click.echo(describe.text(read(artifact).contract))
+
+
+@main.command()
+@click.argument("name")
+@click.option("--native", is_flag=True, help="Compile it too, to see which templates serve.")
+@click.option("--batch", default=1, show_default=True, help="Batch size.")
+@model_options
+def explain(name: str, native: bool, batch: int, **options: Any) -> None:
+    """Say what each pass does to a model, what it does not do and because of what; any target, at hand or not."""
+    import tempfile
+
+    from compiled_attn.ir import targets
+    from compiled_attn.runtime.build import build_package, prepare
+    from compiled_attn.runtime.progress import Stages
+    from compiled_attn.runtime.report import Explanation
+
+    model, config = model_of(name, options["checkpoint"], trained=False)
+    settings = settings_of(options)
+    with Stages(2 if native else 1) as stage:
+        stage("capture and passes")
+        build = prepare(model, (example(config, batch),), None, settings)
+        if native:
+            stage("native code")
+            targets.require_here(settings.target)
+            with tempfile.TemporaryDirectory() as folder:
+                build_package(build, Path(folder) / "model.pt2")
+    click.echo(Explanation(f"{name} for {settings.target.name}, {settings.mode}", (build,)))
+
+
+@main.command()
+@click.argument("name")
+@click.option("--batch", default=1, show_default=True, help="Batch size.")
+@click.option("--threads", type=click.IntRange(min=1), help="torch's threads; all by default.")
+@click.option("--torch-compile", is_flag=True, help="Also time torch.compile as it comes.")
+@model_options
+def bench(name: str, batch: int, threads: int | None, torch_compile: bool, **options: Any) -> None:
+    """Time a model, compiled, beside eager mode, in turn on the same input; refuses where the numbers differ."""
+    import torch
+
+    from compiled_attn.runtime.measure import time_in_turn
+    from compiled_attn.runtime.progress import Stages
+    from compiled_attn.runtime.report import aligned
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, config = model_of(name, options["checkpoint"], trained=False)
+    x = example(config, batch)
+    calls: dict[str, Any] = {"eager": model}
+    with Stages(2 + torch_compile) as stage, torch.no_grad():
+        stage("compiling")
+        calls["compiled_attn"] = _compiled(model, (x,), options)
+        if torch_compile:
+            stage("torch.compile")
+            calls["torch.compile"] = torch.compile(model)
+            calls["torch.compile"](x)
+        same = not options["keep_rate"] and not options["passes"]
+        error = _agree(calls["compiled_attn"](x), model(x), 5e-2 if options["precision"] else 1e-3) if same else None
+        stage("timing")
+        seconds = time_in_turn({k: partial(f, x) for k, f in calls.items()}, round_seconds=0.2)
+    first = seconds["eager"]
+    rows = [("", "ms", "to eager")]
+    rows += [(k, f"{1e3 * s:.2f}", f"{first / s:.2f}x") for k, s in seconds.items()]
+    click.echo(aligned(rows))
+    shown = "approximate passes are on" if error is None else f"outputs differ by {error:.1e} of the largest"
+    click.echo(f"batch {batch}, {torch.get_num_threads()} threads; {shown}")
+
+
+@main.command()
+def doctor() -> None:
+    """Say what this machine has, and how to get what is missing. Exit code 1 where it can not compile."""
+    from compiled_attn.runtime.doctor import doctor as look
+
+    report = look()
+    click.echo(report)
+    if not report.ok:
+        raise click.exceptions.Exit(NAMED)
+
+
+def resolve(name: str) -> tuple[str, str]:
+    """(paper, variant) of a NAME; of a paper alone, its first variant. Raises CompiledAttnError, naming close ones."""
+    import difflib
+
+    from compiled_attn.ir.errors import CompiledAttnError
+    from compiled_attn.zoo import PAPERS
+
+    paper, _, variant = name.partition("/")
+    if paper in PAPERS:
+        chosen = variant or next(iter(PAPERS[paper].variants))
+        if chosen in PAPERS[paper].variants:
+            return paper, chosen
+    owners = [p for p, record in PAPERS.items() if name in record.variants]
+    if len(owners) == 1:
+        return owners[0], name
+    known = [*PAPERS, *(v for record in PAPERS.values() for v in record.variants)]
+    known += [f"{p}/{v}" for p, record in PAPERS.items() for v in record.variants]
+    close = [f"{p}/{name}" for p in owners] or difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    raise CompiledAttnError(
+        f"{name!r} names several models" if owners else f"no model is named {name!r}",
+        where=f"NAME {name}",
+        facts=f"close: {', '.join(close) or ', '.join(PAPERS)}",
+        do="choose one of these; compiled-attn list shows them all",
+    )
+
+
+def model_of(name: str, checkpoint: Path | None, *, trained: bool) -> tuple[nn.Module, Any]:
+    """The model in eval mode and its Config; with the checkpoint's weights, or those that the package carries."""
+    from compiled_attn import zoo
+    from compiled_attn.ir.errors import CheckpointError
+
+    paper, variant = resolve(name)
+    record = zoo.PAPERS[paper]
+    carried = checkpoint is None and variant in record.weights
+    if trained and not carried and checkpoint is None:
+        raise CheckpointError(
+            f"no weights for {variant}",
+            where=f"NAME {name}",
+            facts=f"this package carries weights for {', '.join(record.weights) or 'none'} of {paper}",
+            do="give the authors' file with --checkpoint, or --random-weights to see it run",
+        )
+    model = zoo.create(paper, variant, pretrained=carried)
+    if checkpoint is not None:
+        zoo.load_checkpoint(model, checkpoint)
+    return model, record.variants[variant]
+
+
+def example(config: Any, batch: int) -> Any:
+    """Random pictures of the size that a Config takes, from a fixed seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, config.in_chans, config.img_size, config.img_size, generator=generator)
+
+
+def passes_of(options: dict[str, Any]) -> tuple[Pass, ...]:
+    """The passes that the options name."""
+    from compiled_attn import passes
+    from compiled_attn.ir.errors import PassError
+
+    found: list[Pass] = []
+    if options["keep_rate"] is not None:
+        at = options["at"]
+        if not all(part.strip().isdigit() for part in at.split(",")):
+            raise PassError(
+                f"--at {at} names no blocks", facts="blocks are whole numbers from 0", do="write for example --at 3,6,9"
+            )
+        blocks = tuple(int(part) for part in at.split(","))
+        found.append(passes.ReorganizeTokens(keep_rate=options["keep_rate"], at=blocks, fuse=not options["no_fuse"]))
+    for name in options["passes"]:
+        if name not in passes.__all__ or not hasattr(getattr(passes, name), "run"):
+            raise PassError(
+                f"no pass is named {name!r}",
+                where=f"--passes {name}",
+                facts=f"there are {', '.join(n for n in passes.__all__ if hasattr(getattr(passes, n), 'run'))}",
+                do="choose one of these",
+            )
+        found.append(getattr(passes, name)())
+    return tuple(found)
+
+
+def settings_of(options: dict[str, Any], *, dynamic_shapes: Any = None) -> Settings:
+    """How to compile, as the options say."""
+    from compiled_attn.runtime.build import Settings
+
+    return Settings.of(
+        options["target"], passes=passes_of(options), precision=options["precision"], dynamic_shapes=dynamic_shapes
+    )
+
+
+def _compiled(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    from compiled_attn.runtime.compile import compile
+
+    return compile(
+        model,
+        options["target"],
+        example_inputs=args,
+        precision=options["precision"],
+        passes=passes_of(options),
+    )
+
+
+def _agree(found: Any, expected: Any, tolerance: float) -> float:
+    """Largest difference, relative to the largest expected value. Raises LowerError above the tolerance."""
+    from compiled_attn.ir.errors import LowerError
+
+    error = ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+    if not error <= tolerance:
+        raise LowerError(
+            "the compiled model computes something else than eager mode",
+            where="bench",
+            facts=f"outputs differ by {error:.1e} of the largest, {tolerance:.0e} is allowed",
+            do="no time is given for wrong numbers; report the model",
+        )
+    return float(error)
+
+
+def _published(paper: Any, variant: str) -> tuple[str, str, str, str]:
+    row = paper.published.get(variant)
+    weights = "carried" if variant in paper.weights else "-"
+    if row is None:
+        return "-", "-", "-", weights
+    gmacs, top1 = ("-" if value is None else f"{value:g}" for value in (row.gmacs, row.top1))
+    return f"{row.parameters:,}", gmacs, top1, weights
