@@ -167,6 +167,7 @@ class Edit:
         self._new: dict[str, torch.Tensor] = {}
         self._origin: dict[str, tuple[str, ...]] = {}
         self._names: dict[str, str] = {}
+        self._replaced: list[fx.Node] = []
 
     def call(
         self, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, like: fx.Node
@@ -207,6 +208,7 @@ class Edit:
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Every use of `old` becomes a use of `new`; `old` goes when the edit is finished."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self._replaced.append(old)
 
     def propagate(self) -> None:
         """Recomputes every node's fake value from the placeholders', after shapes have changed."""
@@ -217,6 +219,8 @@ class Edit:
     def finish(self, name: str) -> Program:
         """The new Program: dead nodes and constants without a reader are dropped, the signature is brought in line."""
         graph = self.graph
+        for old in reversed(self._replaced):
+            _erase_unused(old)
         graph.eliminate_dead_code()
         specs = {s.arg.name: s for s in self.program.signature.input_specs if hasattr(s.arg, "name")}
         mutated = set(self.program.signature.buffers_to_mutate.values())
@@ -255,6 +259,18 @@ class Edit:
             s.kind not in LIFTED and getattr(s.arg, "name", None) == node.name
             for s in self.program.signature.input_specs
         )
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erases a replaced node and what only it read; fx keeps dead nodes that may be random, as SDPA and dropout."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        schema = getattr(node.target, "_schema", None)
+        if node._erased or node.users or node.op != "call_function" or (schema is not None and schema.is_mutable):
+            continue
+        waiting += node.all_input_nodes
+        node.graph.erase_node(node)
 
 
 def fake_call(mode: Any, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -167,3 +167,21 @@ def test_sizes_stay_arithmetic_on_symbols():
     program = capture(Halves(), (torch.randn(6, 2),), dynamic_shapes={"x": {0: "rows"}})
     assert any(n.target is operator.floordiv for n in program.graph.nodes)
     assert program(torch.randn(9, 2)).shape == (4, 2)
+
+
+def test_a_replaced_node_that_may_be_random_goes_with_what_only_it_read():
+    class Attends(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(x, x * 2, x).relu()
+
+    program = capture(Attends(), (torch.randn(1, 2, 4, 8),))
+    edit = program.edit()
+    sdpa = next(n for n in edit.graph.nodes if "scaled_dot_product" in str(n.target))
+    with edit.graph.inserting_before(sdpa):
+        new = edit.call(torch.ops.aten.neg.default, (sdpa.args[0],), like=sdpa)
+    edit.replace(sdpa, new)
+    changed = edit.finish("negates")
+    assert [str(n.target) for n in changed.graph.nodes if n.op == "call_function"] == [
+        "aten.neg.default",
+        "aten.relu.default",
+    ]
