@@ -8,6 +8,7 @@ The configuration is the first that the template offers for the target. Under Tr
 
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,8 +22,16 @@ from compiled_attn.ops.templates.triton_config import Config, block_of
 def stand_in(op: str, target: targets.Target) -> Callable[..., Any]:
     """A function with the vocabulary op's signature that launches its Triton kernel, configured for `target`.
 
-    Raises TargetError where no Triton kernel serves the op; whether one covers a call, the template's `accepts` says.
+    Raises TargetError where no Triton kernel serves the op or triton is not installed; whether the kernel covers a call,
+    the template's `accepts` says.
     """
+    if find_spec("triton") is None:
+        raise TargetError(
+            f"{op} can not be built for {target.name} without triton",
+            where=f"target={target.name!r}",
+            facts="its kernel for CUDA is written in Triton, and triton is not installed here",
+            do="pip install 'compiled-attn[triton]'; it needs no GPU",
+        )
     launches = _operators()
     if op not in launches:
         raise TargetError(

@@ -1,9 +1,10 @@
 """The last step before Inductor: which vocabulary ops stay, to be filled by a template, and what becomes of the others.
 
-    a, r = attention_with_class_row(q, k, v)         stays: a template accepts it
-    t, i = select_tokens(x, s, 138)             ->   its decomposition in ATen, and a note that says because of what
+    a, r = attention_with_class_row(q, k, v)         stays: a C++ template accepts it
+    t, i = select_tokens(x, s, 138)             ->   compiled_attn_triton::select_tokens, where a Triton one accepts it
+    t, i = select_tokens(x, s, 138)             ->   else its decomposition in ATen, and a note that says because of what
 
-Inductor fills the ops that stay through the lowerings that `register` gives it.
+Inductor fills the ops that stay through the lowerings that `register` gives it, and sees into the Triton launches.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch.utils import _pytree as pytree
 from compiled_attn.ir import _torch, targets
 from compiled_attn.ir.errors import LowerError
 from compiled_attn.ir.notes import Notes, user_line
-from compiled_attn.ir.op import OPS, Op, op_of
+from compiled_attn.ir.op import OPS, op_of
 from compiled_attn.ir.program import PROVENANCE, Edit, Program
 from compiled_attn.ir.targets import Target
 from compiled_attn.ops.templates import registry
 from compiled_attn.passes.pack_linear import apply_linear_choices
+from compiled_attn.runtime import launch
 
 NAME = "lower"
 _lock = threading.Lock()
@@ -41,7 +43,7 @@ def lower(program: Program, target: Target, notes: Notes, *, strict: bool = Fals
 
     An op that no template accepts becomes its decomposition, with a miss in `notes`; with `strict`, a LowerError.
     """
-    refused: list[tuple[fx.Node, Op]] = []
+    replaced: list[tuple[fx.Node, Callable[..., Any]]] = []
     for node in program.graph.nodes:
         op = op_of(node.target) if node.op == "call_function" else None
         if op is None:
@@ -52,8 +54,10 @@ def lower(program: Program, target: Target, notes: Notes, *, strict: bool = Fals
             notes.miss(node, name, because)
         if template is not None:
             notes.did(node, op.name, template.name)
+            if template.device == "cuda":
+                replaced.append((node, launch.stand_in(op.name, target)))
             continue
-        refused.append((node, op))
+        replaced.append((node, op.decomposition))
         if strict:
             raise LowerError(
                 f"no template serves {op.name}",
@@ -62,10 +66,10 @@ def lower(program: Program, target: Target, notes: Notes, *, strict: bool = Fals
                 do="change what the sentence names, choose another target, or compile with strict=False",
             )
         notes.did(node, op.name, "decomposition")
-    if refused:
+    if replaced:
         edit = program.edit()
-        for node, op in refused:
-            inline(edit, edit.node_of[node], op.decomposition)
+        for node, function in replaced:
+            inline(edit, edit.node_of[node], function)
         program = edit.finish(NAME)
     return apply_linear_choices(program) if target.kind == "cpu" else program
 

@@ -94,3 +94,11 @@ def test_an_op_without_a_kernel_is_refused_with_the_list_of_those_that_have_one(
 
     with pytest.raises(TargetError, match="attention, attention_with_class_row, select_tokens"):
         launch.stand_in("local_attention", A100)
+
+
+def test_without_triton_the_error_says_how_to_get_it(monkeypatch):
+    from compiled_attn.runtime import launch
+
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(TargetError, match=r"pip install 'compiled-attn\[triton\]'"):
+        launch.stand_in("attention", A100)
