@@ -22,8 +22,8 @@ from compiled_attn.ops.templates.triton_config import Config, block_of
 def stand_in(op: str, target: targets.Target) -> Callable[..., Any]:
     """A function with the vocabulary op's signature that launches its Triton kernel, configured for `target`.
 
-    Raises TargetError where no Triton kernel serves the op or triton is not installed; whether the kernel covers a call,
-    the template's `accepts` says.
+    Raises TargetError where no Triton kernel serves the op, or triton is not installed. Whether the kernel covers a
+    call, the template's `accepts` says.
     """
     if find_spec("triton") is None:
         raise TargetError(

@@ -2,7 +2,7 @@
 
     a, r = attention_with_class_row(q, k, v)         stays: a C++ template accepts it
     t, i = select_tokens(x, s, 138)             ->   compiled_attn_triton::select_tokens, where a Triton one accepts it
-    t, i = select_tokens(x, s, 138)             ->   else its decomposition in ATen, and a note that says because of what
+    t, i = select_tokens(x, s, 138)             ->   else its decomposition in ATen, with a note that says why
 
 Inductor fills the ops that stay through the lowerings that `register` gives it, and sees into the Triton launches.
 """

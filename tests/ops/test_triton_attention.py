@@ -99,6 +99,6 @@ def test_an_op_without_a_kernel_is_refused_with_the_list_of_those_that_have_one(
 def test_without_triton_the_error_says_how_to_get_it(monkeypatch):
     from compiled_attn.runtime import launch
 
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch, "find_spec", lambda _: None)
     with pytest.raises(TargetError, match=r"pip install 'compiled-attn\[triton\]'"):
         launch.stand_in("attention", A100)
