@@ -17,6 +17,8 @@ from compiled_attn.ir.errors import LowerError, PassError
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Program
 from compiled_attn.ir.targets import Target
+from compiled_attn.ops.templates import registry
+from compiled_attn.ops.templates.base import templates_in_package
 from compiled_attn.passes import pipelines
 from compiled_attn.passes.base import Pass, PassRecord, run_passes
 from compiled_attn.passes.cast_boundary import CastBoundary
@@ -111,7 +113,21 @@ def build_package(build: Build, path: str | Path) -> Path:
             do="run compiled_attn.doctor(); if it finds nothing amiss, report the model with explain()'s text",
         ) from error
     build.seconds["inductor"] = time.perf_counter() - began
+    _hold_to_templates(build, Path(found))
     return Path(found)
+
+
+def _hold_to_templates(build: Build, package: Path) -> None:
+    """A C++ template counts as used only where the generated code holds it; a promise that it does not keep is an error."""
+    names = {t.name for t in registry.TEMPLATES if t.device == "cpu"}
+    promised = {note.what for note in build.notes.done if note.what in names}
+    absent = promised - templates_in_package(package)
+    if absent:
+        raise LowerError(
+            f"Inductor's code does not hold {', '.join(sorted(absent))}",
+            facts="the template accepted the op, and the generated code computes it otherwise",
+            do="report the model with explain()'s text; meanwhile leave the pass out that chose it",
+        )
 
 
 def _first_line(error: Exception) -> str:
