@@ -18,6 +18,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from compiled_attn.ir.errors import CompiledAttnError
 from compiled_attn.ops import attention_with_class_row, select_tokens
 from compiled_attn.zoo import deit
 from compiled_attn.zoo.layers import vit
@@ -37,6 +38,15 @@ class Config(deit.Config):
 
     keep_rate: tuple[float, ...] = rates(0.7)
     fuse: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.keep_rate) != self.depth or not all(0 < rate <= 1 for rate in self.keep_rate):
+            raise CompiledAttnError(
+                "the keep rates do not fit the network",
+                where="zoo.evit.Config",
+                facts=f"keep_rate is {self.keep_rate}, depth is {self.depth}",
+                do=f"give {self.depth} rates above 0 and at most 1, as evit.rates(0.7, at=(3, 6, 9), depth=12) does",
+            )
 
 
 class Block(vit.Block):

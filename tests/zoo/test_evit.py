@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled_attn import zoo
+from compiled_attn.ir.errors import CompiledAttnError
 from compiled_attn.zoo import deit, evit
 from compiled_attn.zoo.evit import Config, EViT, rates
 
@@ -124,6 +125,12 @@ def test_the_count_of_a_symbolic_picture_size_is_computed_by_integers() -> None:
         for size in ((56, 56), (64, 40), (80, 96)):
             x = torch.randn(3, 3, *size)
             torch.testing.assert_close(exported(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [(1.0, 0.7), (1.0,) * 5 + (0.0,), (1.0,) * 5 + (1.5,)])
+def test_keep_rates_that_do_not_fit_are_a_named_error(wrong: tuple[float, ...]) -> None:
+    with pytest.raises(CompiledAttnError, match=r"keep rates do not fit[\s\S]*depth is 6[\s\S]*give 6 rates"):
+        Config(**(vars(SMALL) | {"keep_rate": wrong}))
 
 
 def test_the_distilled_network_averages_its_heads_and_trains_both() -> None:
