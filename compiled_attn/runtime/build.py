@@ -118,7 +118,7 @@ def build_package(build: Build, path: str | Path) -> Path:
 
 
 def _hold_to_templates(build: Build, package: Path) -> None:
-    """A C++ template counts as used only where the generated code holds it; a promise that it does not keep is an error."""
+    """A C++ template counts as used only where the generated code holds it; a broken promise is an error."""
     names = {t.name for t in registry.TEMPLATES if t.device == "cpu"}
     promised = {note.what for note in build.notes.done if note.what in names}
     absent = promised - templates_in_package(package)
