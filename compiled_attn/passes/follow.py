@@ -266,14 +266,12 @@ class Follow:
             self.data.add(new)
         if replace:
             self.edit.replace(old, new)
+            self.graph.erase_node(old)
 
-    def patches(self, attention: fx.Node) -> Size:
-        """How many patches an attention's keys stand for now."""
-        tags = self.of(attention.args[1])
-        tokens = tokens_in(tags[-2]) if tags is not None else None
-        if tags is None or tokens is None:
-            raise Lost(attention, "its keys are not the tokens")
-        return self.new_size(tags[-2]) - tokens.before - tokens.after
+    def patches(self, dim: Dim) -> Size:
+        """How many patches a dimension that is a token axis stands for now."""
+        tokens = tokens_in(dim)
+        return self.new_size(dim) - (tokens.before + tokens.after if tokens is not None else 0)
 
     def batch_source(self) -> fx.Node:
         """A value whose first dimension is the batch."""

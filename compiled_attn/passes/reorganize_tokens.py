@@ -95,8 +95,8 @@ class ReorganizeTokens:
     def run(self, program: Program, target: Target, notes: Notes) -> Program:
         del target
         edit = program.edit()
-        trunk = find_trunk(program, edit.graph, edit, self.prefix)
-        trunk = self._checked(trunk)
+        self._check_dense(edit)
+        trunk = self._checked(find_trunk(program, edit.graph, edit, self.prefix))
         first = trunk.blocks[0].before
         data = depends(edit.graph, user_inputs(program, edit.graph) & (sources_of(first) | {first}))
         follow = Follow(edit, data)
@@ -120,6 +120,17 @@ class ReorganizeTokens:
             notes.miss(lost.node, self.name, lost.because)
             raise self._refusal(lost) from lost
         return edit.finish(self.name) if follow.stages else program
+
+    def _check_dense(self, edit: Edit) -> None:
+        op = getattr(torch.ops, NAMESPACE).select_tokens.default
+        found = next((n for n in edit.graph.nodes if n.op == "call_function" and n.target is op), None)
+        if found is not None:
+            raise PassError(
+                f"{self.name} meets a program whose tokens are reorganized already",
+                where=place(found),
+                facts="stages are counted along one dense trunk",
+                do="give all stages to one pass: at=(3, 6, 9), keep_rate=(0.7, 0.7, 0.5)",
+            )
 
     def _checked(self, trunk: Trunk | None) -> Trunk:
         if trunk is None:
@@ -159,7 +170,10 @@ class ReorganizeTokens:
 
     def _keeps_fewer(self, follow: Follow, attention: fx.Node, rate: float, notes: Notes) -> bool:
         """Whether a stage drops anything; where the number of patches is fixed and all stay, it is a miss."""
-        patches = follow.patches(attention)
+        keys = follow.of(attention.args[1])
+        if keys is None or tokens_in(keys[-2]) is None:
+            raise Lost(attention, "its keys are not the tokens")
+        patches = follow.patches(keys[-2])
         if rate == 1 or (isinstance(patches, int) and kept(patches, rate) == patches):
             notes.miss(attention, self.name, f"keep_rate {rate} keeps all {patches} patches")
             return False
@@ -180,7 +194,7 @@ class ReorganizeTokens:
             x = here(aten.slice.Tensor, x, 1, 0, -axis.after)
         if score is None:
             score = token_norms(here, whole, axis)
-        patches = follow.patches(block.attention)
+        patches = follow.patches(tags[block.axis])
         count: Any = patches if isinstance(patches, int) else here(operator.add, here.size(x, 1), -axis.before)
         keep: Any = kept(patches, rate) if isinstance(patches, int) else kept_nodes(here, count, rate)
         if self.fuse and isinstance(keep, fx.Node):

@@ -6,14 +6,26 @@ what the class token says where nothing is fused.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 
-def reorganized(model, pictures, *, keep_rate=0.7, at=(3, 6, 9), fuse=True):
+@dataclass(frozen=True)
+class Seen:
+    """What an attention computed: q, k [B, H, N, D], probabilities [B, H, N, N], bias or None."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None
+    probabilities: torch.Tensor
+
+
+def reorganized(model, pictures, *, keep_rate=0.7, at=(3, 6, 9), fuse=True, score="class"):
     """(outputs as a list of tensors, kept patches of each stage: ascending, [B, K])."""
-    kind = next(k for k in (Timm, Huggingface) if k.accepts(model))(model, pictures)
+    kind = next(k for k in (Timm, Dinov3, Huggingface) if k.accepts(model))(model, pictures)
     x = kind.tokens
     batch, count, _ = x.shape
     prefix = kind.prefix
@@ -22,17 +34,32 @@ def reorganized(model, pictures, *, keep_rate=0.7, at=(3, 6, 9), fuse=True):
     positions = torch.arange(count).expand(batch, -1)  # in the original sequence; `count` for a fused token
     kept = []
     for i, block in enumerate(kind.blocks):
-        x, probabilities = kind.attend(block, x, positions)
+        x, seen = kind.attend(block, x, positions)
         rate = dict(zip(at, rates, strict=True)).get(i, 1)
         left = x.shape[1] - prefix
         keep = math.ceil(rate * left)
         if rate < 1 and keep < left:
-            score = probabilities[:, :, 0, prefix:].float().mean(1)
-            x, positions = select(x, positions, score, keep, prefix, fuse, count)
+            ranks = SCORES[score](seen, x)[:, prefix:].float()
+            ranks = ranks / ranks.sum(1, keepdim=True) if score.endswith("norm") else ranks
+            x, positions = select(x, positions, ranks, keep, prefix, fuse, count)
             own = positions[:, prefix : prefix + keep] - prefix
             kept.append(own.clamp(max=n).sort(1).values)
         x = kind.feed(block, x)
     return kind.finish(x), kept
+
+
+def mean_query(seen, _):
+    logits = seen.q.mean(2, keepdim=True) @ seen.k.transpose(-2, -1) * seen.scale
+    logits = logits if seen.bias is None else logits + seen.bias.mean(-2, keepdim=True)
+    return logits.softmax(-1)[:, :, 0].mean(1)
+
+
+SCORES = {
+    "class": lambda seen, _: seen.probabilities[:, :, 0].mean(1),
+    "mean-query": mean_query,
+    "key-norm": lambda seen, _: seen.k.norm(dim=-1).mean(1),
+    "token-norm": lambda _, x: x.norm(dim=-1),
+}
 
 
 def select(x, positions, score, keep, prefix, fuse, count):
@@ -50,7 +77,7 @@ def select(x, positions, score, keep, prefix, fuse, count):
 def softmax_attention(q, k, v, scale, bias=None):
     scores = q @ k.transpose(-2, -1) * scale
     probabilities = (scores if bias is None else scores + bias).softmax(-1)
-    return (probabilities @ v).transpose(1, 2).flatten(2), probabilities
+    return (probabilities @ v).transpose(1, 2).flatten(2), Seen(q, k, scale, bias, probabilities)
 
 
 def turn(x):
@@ -93,13 +120,13 @@ class Timm:
             q, k = attn.q_norm(q), attn.k_norm(k)
         if self.table is not None:
             q, k = (self.rotate(a, positions, v) for a in (q, k))
-        out, probabilities = softmax_attention(q, k, v, attn.scale, self.bias(attn, positions))
+        out, seen = softmax_attention(q, k, v, attn.scale, self.bias(attn, positions))
         out = attn.proj(attn.norm(out) if getattr(attn, "norm", None) is not None else out)
         for scale in ("ls1", "gamma_1"):
             factor = getattr(block, scale, None)
             if factor is not None:
                 out = factor(out) if callable(factor) else factor * out
-        return x + out, probabilities
+        return x + out, seen
 
     def rotate(self, a, positions, like):
         sine, cosine = self.table.chunk(2, -1)
@@ -142,17 +169,18 @@ class Huggingface:
         self.prefix = 2 if hasattr(model.embeddings, "distillation_token") else 1
 
     def attend(self, block, x, positions):
-        del positions
         norm = block.norm1 if hasattr(block, "norm1") else block.layernorm_before
         attn, h = block.attention, norm(x)
         batch, count, width = h.shape
         heads = self.model.config.num_attention_heads
-        q, k, v = (
-            p(h).view(batch, count, heads, -1).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
-        out, probabilities = softmax_attention(q, k, v, (width // heads) ** -0.5)
+        q, k, v = (p(h).view(batch, count, heads, -1).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = (self.rotate(a, positions) for a in (q, k))
+        out, seen = softmax_attention(q, k, v, (width // heads) ** -0.5)
         out = attn.o_proj(out)
-        return x + (block.layer_scale1(out) if hasattr(block, "layer_scale1") else out), probabilities
+        return x + (block.layer_scale1(out) if hasattr(block, "layer_scale1") else out), seen
+
+    def rotate(self, a, _):
+        return a
 
     def feed(self, block, x):
         if hasattr(block, "norm2"):
@@ -163,6 +191,35 @@ class Huggingface:
         x = self.model.layernorm(x)
         pooler = getattr(self.model, "pooler", None)
         return [x, x[:, 0] if pooler is None else pooler(x)]
+
+
+class Dinov3(Huggingface):
+    """DINOv3ViTModel: registers, and rotary tables [n, D] for the patches alone."""
+
+    @staticmethod
+    def accepts(model):
+        return type(model).__name__ == "DINOv3ViTModel"
+
+    def __init__(self, model, pictures):
+        self.model = model
+        self.tokens = model.embeddings(pictures)
+        self.blocks = model.model.layer
+        self.prefix = 1 + model.config.num_register_tokens
+        cosine, sine = model.rope_embeddings(pictures)
+        self.cosine = torch.cat([cosine, torch.ones_like(cosine[:1])])
+        self.sine = torch.cat([sine, torch.zeros_like(sine[:1])])
+
+    def rotate(self, a, positions):
+        where = positions[:, self.prefix :] - self.prefix
+        rows = a[:, :, self.prefix :]
+        first, second = rows.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+        rows = rows * self.cosine[where].unsqueeze(1) + turned * self.sine[where].unsqueeze(1)
+        return torch.cat([a[:, :, : self.prefix], rows], 2)
+
+    def finish(self, x):
+        x = self.model.norm(x)
+        return [x, x[:, 0]]
 
 
 def masked(model, pictures, *, keep_rate=0.7, at=(3, 6, 9), prefix=1):
