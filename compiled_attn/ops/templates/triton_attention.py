@@ -56,10 +56,12 @@ def grid(config: Config, batch: Any, heads: Any, queries: Any) -> tuple[Any]:
 
 
 def shared_bytes(config: Config, dtype: torch.dtype, block: int, *, bias: bool) -> int:
-    """Most shared memory of the plan above: the query block and the pipeline's blocks of keys, values and bias."""
+    """Most shared memory of the plan above: the query block, the pipeline's keys, values and bias, and a padded block
+    of float32 scores on its way from one register layout to another."""
     queries, keys = config.constants["BLOCK_N"], config.constants["BLOCK_M"]
     elements = queries * block + config.stages * keys * (2 * block + (queries if bias else 0))
-    return elements * dtype.itemsize * (2 if config.constants["PRECISION"] == "tf32x3" else 1)
+    twice = 2 if config.constants["PRECISION"] == "tf32x3" else 1
+    return elements * dtype.itemsize * twice + queries * (keys + 4) * 4
 
 
 def case(dtype: torch.dtype, block: int, *, bias: bool, causal: bool) -> str:
