@@ -18,6 +18,7 @@ from compiled_attn.runtime.contract import Call, Contract, TensorSpec
 
 FOLDER = "model/data/aotinductor/model/"
 STAMP = "COMPILED_ATTN_CONTRACT"
+LEAF = '{"type": null'  # a leaf of a serialised pytree spec
 WRAPPER_MARK = b"AOTInductorModelBase("
 ISA_OF = {"AVX2": "avx2", "AVX512": "avx512f", "AVX512_VNNI": "avx512_vnni", "AMX": "amx_tile", "AMX_FP16": "amx_fp16"}
 
@@ -122,6 +123,9 @@ def compare(contract: Contract, facts: PackageFacts, where: str) -> None:
             raise _clash(where, f"another structure of the {which}puts", "its own")
         if not _holds(facts.library, stated.encode()):
             raise _clash(where, f"a structure of the {which}puts", "a library without it")
+        leaves, named = stated.count(LEAF), len(call.inputs if which == "in" else call.outputs)
+        if leaves != named:
+            raise _clash(where, f"{named} {which}puts", f"{leaves}")
     for index, tensor in enumerate(call.tensors):
         if index in facts.inputs:
             _compare_input(call, tensor, facts.inputs[index], where)

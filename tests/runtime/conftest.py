@@ -1,6 +1,6 @@
 """Two small artifacts and the C++ runner, each built once for all tests of this folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class Built:
     """A model and its artifact."""
 
     model: nn.Module
-    artifact: Artifact
-    data: bytes
+    artifact: Artifact = field(repr=False)
+    data: bytes = field(repr=False)
 
     @property
     def path(self) -> Path:

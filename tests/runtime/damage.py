@@ -148,12 +148,12 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a forged name": (forged(set_at("call", "inputs", 0, "name", "z")), CLASH),
     "a forged rank": (forged(_longer), CLASH),
     "a forged output": (forged(set_at("call", "outputs", 0, "name", "z")), CLASH),
-    "a forged device": (forged(set_at("target", "device", "cuda"), restamp=True), CLASH),
     "a forged size": (forged(set_at("call", "inputs", 0, "shape", 1, 9), restamp=True), CLASH),
     "a forged dtype, restamped": (forged(set_at("call", "inputs", 0, "dtype", "float64"), restamp=True), CLASH),
     "a forged rank, restamped": (forged(set_at("call", "inputs", 0, "order", [0]), restamp=True), FORM),
     "a forged structure, restamped": (forged(set_at("call", "in_tree", "[1, {}]"), restamp=True), CLASH),
-    "an input less, restamped": (forged(lambda c: c["call"]["inputs"].pop(), restamp=True), CLASH),
+    "an input less, restamped": (forged(lambda c: c["call"]["inputs"].pop(0), restamp=True), CLASH),
+    "a constant less, restamped": (forged(lambda c: c["call"]["inputs"].pop(), restamp=True), CLASH),
     "instructions hidden, restamped": (forged(set_at("target", "isa", []), restamp=True), CLASH),
 }
 

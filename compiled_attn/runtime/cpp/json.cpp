@@ -1,6 +1,7 @@
 #include "json.h"
 
 #include <charconv>
+#include <cstdlib>
 
 namespace {
 
@@ -106,13 +107,43 @@ class Parser {
     }
     value.kind = Json::Kind::number;
     value.text = text_.substr(began, at_ - began);
+    if (canonical_ && value.text != canonical_number(value.text)) throw JsonError("is not in canonical form");
+  }
+
+  // As Python's repr spells the same number; empty where it is none that Python's json writes.
+  static std::string canonical_number(const std::string& text) {
+    if (text.find_first_of(".eE") == std::string::npos) return text == "-0" || text.size() > 4300 ? "" : text;
+    double value = 0;
+    auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error != std::errc() || end != text.data() + text.size()) return "";
+    char buffer[64];
+    auto [stop, failed] = std::to_chars(buffer, buffer + sizeof buffer, value, std::chars_format::scientific);
+    std::string all(buffer, stop), sign = all[0] == '-' ? "-" : "";
+    size_t mark = all.find('e');
+    int power = std::atoi(all.c_str() + mark + 1);
+    std::string digits;
+    for (char c : all.substr(0, mark)) {
+      if (c >= '0' && c <= '9') digits += c;
+    }
+    int count = int(digits.size());
+    if (value == 0) return sign + "0.0";
+    if (power < -4 || power >= 16) {
+      std::string exponent = std::to_string(std::abs(power));
+      if (exponent.size() < 2) exponent = "0" + exponent;
+      return sign + digits.substr(0, 1) + (count > 1 ? "." + digits.substr(1) : "") + "e" + (power < 0 ? "-" : "+") + exponent;
+    }
+    if (power < 0) return sign + "0." + std::string(size_t(-power - 1), '0') + digits;
+    if (count <= power + 1) return sign + digits + std::string(size_t(power + 1 - count), '0') + ".0";
+    return sign + digits.substr(0, size_t(power + 1)) + "." + digits.substr(size_t(power + 1));
   }
 
   unsigned hex4() {
     unsigned code = 0;
     for (int i = 0; i < 4; ++i, ++at_) {
       char c = peek();
-      int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+      int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+      if (c >= 'A' && c <= 'F') digit = c - 'A' + 10;
+      if (canonical_ && c >= 'A' && c <= 'F') throw JsonError("is not in canonical form");
       if (digit < 0) throw JsonError("is no JSON (at byte " + std::to_string(at_) + ")");
       code = code * 16 + unsigned(digit);
     }
@@ -160,7 +191,12 @@ class Parser {
       ++at_;
       size_t known = std::string_view("\"\\/bfnrt").find(kind);
       if (kind == 'u') {
-        append(out, escaped());
+        unsigned code = escaped();
+        bool short_form = code >= 8 && code <= 13 && code != 11;
+        if (canonical_ && (short_form || (code >= 0x20 && code < 0x80))) throw JsonError("is not in canonical form");
+        append(out, code);
+      } else if (kind == '/' && canonical_) {
+        throw JsonError("is not in canonical form");
       } else if (known != std::string_view::npos && at_ <= text_.size()) {
         out += "\"\\/\b\f\n\r\t"[known];
       } else {

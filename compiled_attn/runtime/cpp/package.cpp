@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::string_view kFolder = "model/data/aotinductor/model/";
 constexpr std::string_view kMark = "AOTInductorModelBase(";
+constexpr std::string_view kLeaf = "{\"type\": null"; // of a serialised pytree spec
 const char* const kStamp = "COMPILED_ATTN_CONTRACT";
 const std::map<std::string, std::string> kIsa = {
     {"AVX2", "avx2"}, {"AVX512", "avx512f"}, {"AVX512_VNNI", "avx512_vnni"}, {"AMX", "amx_tile"}, {"AMX_FP16", "amx_fp16"}};
@@ -265,6 +266,9 @@ void compare_package(const Contract& contract, const Archive& archive, const std
     if (!contains(facts.library, stated)) {
       clash(where, "a structure of the " + which + "puts", "a library without it");
     }
+    size_t leaves = 0, named = which == "in" ? contract.inputs.size() : contract.outputs.size();
+    for (size_t at = stated.find(kLeaf); at != std::string::npos; at = stated.find(kLeaf, at + 1)) ++leaves;
+    if (leaves != named) clash(where, std::to_string(named) + " " + which + "puts", std::to_string(leaves));
   }
   for (size_t i = 0; i < tensors.size(); ++i) {
     auto found = facts.inputs.find(int64_t(i));
