@@ -35,7 +35,7 @@ def from_dynamo(module: fx.GraphModule, example_inputs: list[Any]) -> Program:
     """
     from compiled_attn.ir.program import Program
 
-    train = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+    train = wants_gradients(example_inputs)
     fakes = _torch.dynamo_inputs(module)
     for node, fake in zip((n for n in module.graph.nodes if n.op == "placeholder"), fakes, strict=True):
         if not isinstance(fake, (torch.Tensor, torch.SymInt, torch.SymFloat, int, float)):
@@ -45,6 +45,12 @@ def from_dynamo(module: fx.GraphModule, example_inputs: list[Any]) -> Program:
                 facts="a Program takes tensors and symbolic sizes",
                 do="nothing; this part of the model goes to Inductor unchanged",
             )
+    if any("checkpoint" in str(node.target) for node in module.graph.nodes if node.op == "call_function"):
+        raise CaptureError(
+            "the graph holds activation checkpointing",
+            facts="a Program does not say what is computed again in the backward pass",
+            do="nothing; this part of the model goes to Inductor unchanged",
+        )
     traced, mutated = _torch.dynamo_aten(module, fakes, functional=not train)
     graph = traced.graph
     for node in graph.nodes:
@@ -72,6 +78,11 @@ def from_dynamo(module: fx.GraphModule, example_inputs: list[Any]) -> Program:
         example_inputs=(tuple(example_inputs), {}),
         mode="train" if train else "inference",
     )
+
+
+def wants_gradients(example_inputs: list[Any]) -> bool:
+    """Whether Dynamo's graph will be asked for gradients: they are on, and an input or a parameter requires one."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
 def _lift(module: fx.GraphModule) -> tuple[dict[str, Any], list[InputSpec]]:

@@ -85,6 +85,7 @@ class Program:
             module_call_graph=list(self.call_graph),
             example_inputs=self.example_inputs,
             constants=dict(self.constants),
+            verifiers=_torch.export_verifiers(self.mode),
         )
 
     @property
@@ -143,7 +144,8 @@ class Program:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph node by node in eager mode; same arguments and result as the captured model."""
-        return _torch.quiet_module(self.to_exported())(*args, **kwargs)
+        from_export = bool(self.call_graph[0].signature.inputs)  # guards of Dynamo are Dynamo's to check
+        return _torch.quiet_module(self.to_exported(), guards=from_export)(*args, **kwargs)
 
     def edit(self) -> Edit:
         """A mutable draft of this program for a pass to change."""

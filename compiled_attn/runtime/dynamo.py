@@ -16,6 +16,7 @@ from torch import fx
 
 from compiled_attn.ir import _torch, targets
 from compiled_attn.ir.errors import CompiledAttnError, LowerError
+from compiled_attn.ir.from_dynamo import wants_gradients
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Program
 from compiled_attn.ir.targets import Target
@@ -91,7 +92,7 @@ def backend(
             do="leave it out, or use backend='inductor' for Inductor's own options",
         )
     found = _target(target, example_inputs)
-    report = _new_report()
+    report = _new_report("train" if wants_gradients(example_inputs) else "inference")
     try:
         program = Program.from_dynamo(module, example_inputs)
         verify(program)
@@ -100,7 +101,6 @@ def backend(
             raise
         report.notes.miss("graph", RULE, _because(error))
         return _torch.compile_fx(module, example_inputs)
-    report.mode = program.mode
     pipeline = pipelines.default(found, program.mode, passes)
     program, report.records[:] = run_passes(program, pipeline, found, report.notes)
     return compile_flat(program, found, report, module, example_inputs, strict=strict)
@@ -139,10 +139,10 @@ def _target(target: str | Target | None, example_inputs: list[Any]) -> Target:
     return targets.load("cuda" if on_gpu else "cpu")
 
 
-def _new_report() -> GraphReport:
+def _new_report(mode: str) -> GraphReport:
     global _count
     with _lock:
-        report = GraphReport(_count, "inference", None, Notes())
+        report = GraphReport(_count, mode, None, Notes())
         _count += 1
         _reports.append(report)
         del _reports[:-KEPT]
