@@ -11,7 +11,7 @@ from compiled_attn.runtime import launch
 torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
 # absolute, on values of about unit variance; the 16-bit types round probabilities and the output once each
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-EXAMPLES = {25: 8, 100: 40, 2000: 400}[settings().max_examples]
+EXAMPLES = settings().max_examples // 4  # a program costs about 5 ms here
 
 SPECS = st.fixed_dictionaries(
     {

@@ -9,7 +9,7 @@ from compiled_attn.runtime import launch
 
 torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
 TOLERANCE = 2e-6  # absolute, on probabilities; inputs of any type are multiplied and summed in float32
-EXAMPLES = {25: 6, 100: 40, 2000: 400}[settings().max_examples]
+EXAMPLES = settings().max_examples // 4  # a program costs about 5 ms here
 
 SPECS = st.fixed_dictionaries(
     {

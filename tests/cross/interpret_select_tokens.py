@@ -8,7 +8,7 @@ from compiled_attn.ops.templates.triton_config import Config
 from compiled_attn.runtime import launch
 
 torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN and the largest integer
-EXAMPLES = {25: 6, 100: 40, 2000: 400}[settings().max_examples]
+EXAMPLES = settings().max_examples // 4  # a program costs about 5 ms here
 # relative to the sum of magnitudes: rounding of a float32 sum of up to 60 terms, then of the output
 ROUNDING = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # ties, both zeros, infinities and NaN beside ordinary scores
