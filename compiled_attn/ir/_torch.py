@@ -5,6 +5,7 @@ Contract tests in tests/ir/test_torch.py hold each function to what it promises 
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -520,3 +521,27 @@ def compile_and_read(model: Any, *args: Any) -> tuple[Any, str]:
     compiled = torch.compile(model, dynamic=True)
     _, code = run_and_get_code(compiled, *args)
     return compiled, "\n".join(code)
+
+
+def fix_dynamo_floats(module: fx.GraphModule) -> None:
+    """Makes Dynamo begin again with the floats that modules hold (a scale, an epsilon) as constants, guarded.
+
+    Under dynamic=True they come as inputs, and a graph whose scale is an input can not be matched. Floats that are
+    arguments of the compiled function stay inputs. Raises Dynamo's own restart where there is one to fix.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    fresh = False
+    for node in module.graph.find_nodes(op="placeholder"):
+        memo = getattr(node.meta.get("example_value"), "item_memo", None)
+        source = getattr(getattr(node, "_dynamo_source", None), "name", "")
+        name = source() if callable(source) else source
+        if not isinstance(memo, torch.SymFloat) or not re.search(r"\.\w+$", name):
+            continue
+        symbol = getattr(memo.node._expr, "name", "")
+        if symbol and not TensorifyState.should_specialize(symbol):
+            TensorifyState.specialize(symbol)
+            fresh = True
+    if fresh:
+        raise TensorifyScalarRestartAnalysis

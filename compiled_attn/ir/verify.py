@@ -109,7 +109,8 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _has_fresh_symbols(node: fx.Node) -> bool:
-    return bool(node.meta.get("unbacked_bindings"))
+    reads_data = node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+    return reads_data or bool(node.meta.get("unbacked_bindings"))
 
 
 def _is_symbol(node: fx.Node) -> bool:

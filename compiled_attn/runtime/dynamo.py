@@ -92,6 +92,7 @@ def backend(
             do="leave it out, or use backend='inductor' for Inductor's own options",
         )
     found = _target(target, example_inputs)
+    _torch.fix_dynamo_floats(module)
     report = _new_report("train" if wants_gradients(example_inputs) else "inference")
     try:
         program = Program.from_dynamo(module, example_inputs)

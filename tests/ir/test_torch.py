@@ -69,3 +69,43 @@ def test_suggested_ranges_are_taken_and_fixed_sizes_are_not():
     refined = _torch.refined_shapes("x\nSuggested fixes:\n  rows = Dim('rows', min=3)\n\nmore", shapes)
     assert refined is not None and refined[0][0].min == 3
     assert _torch.refined_shapes("x\nSuggested fixes:\n  rows = 4\n\nmore", shapes) is None
+
+
+def test_the_training_form_is_checked_by_its_own_rules():
+    class Counted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count.add_(1)
+            return x * 2
+
+    from compiled_attn.runtime.capture import capture
+
+    program = capture(Counted(), (torch.ones(3),), mode="train")
+    assert "add_" in str(program)
+    assert program(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_module_call_gets_another_structure_of_its_result(symbolic):
+    spec = torch.utils._pytree.tree_structure((0, {"a": 0}))
+    entry = symbolic.module_call_graph[0]
+    found = _torch.module_call_like(entry, spec)
+    assert found.signature.out_spec == spec
+    assert found.signature.in_spec == entry.signature.in_spec
+    assert entry.signature.out_spec != spec
+    assert _torch.module_call(entry.signature.in_spec, spec).signature.out_spec == spec
+
+
+def test_a_marked_dimension_is_left_symbolic_by_dynamo():
+    seen = []
+
+    def catch(module, _inputs):
+        seen.extend(f.shape for f in _torch.dynamo_inputs(module) if isinstance(f, torch.Tensor))
+        return module.forward
+
+    x = torch.randn(3, 4)
+    _torch.mark_dynamic(x, frozenset({0}))
+    torch.compile(lambda x: x * 2, backend=catch)(x)
+    assert [type(n) for n in seen[0]] == [torch.SymInt, int]

@@ -8,9 +8,11 @@ import torch
 from small_nets import Net, pictures, worst
 from torch.utils import _pytree as pytree
 
+from compiled_attn.ir import _torch
 from compiled_attn.ir.errors import CaptureError
 from compiled_attn.ir.notes import Note
 from compiled_attn.ir.program import Program
+from compiled_attn.ir.verify import verify
 from compiled_attn.runtime import dynamo
 
 TOLERANCE = 1e-5  # float32, of the largest value
@@ -28,19 +30,24 @@ def raised() -> list[Note]:
     return [n for report in dynamo.reports() for n in report.notes.done if n.rule == "raise-attention"]
 
 
+def tensors(program: Program) -> list[torch.Tensor]:
+    return [n.meta["val"] for n in program.inputs if isinstance(n.meta["val"], torch.Tensor)]
+
+
 def leaves(tree) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def traced(function, *args) -> list[Program]:
+def traced(function, *args, dynamic: bool | None = None) -> list[Program]:
     """The Programs of the graphs that Dynamo finds, with nothing compiled."""
     found = []
 
     def catch(module, example_inputs):
+        _torch.fix_dynamo_floats(module)
         found.append(Program.from_dynamo(module, example_inputs))
         return module.forward
 
-    torch.compile(function, backend=catch)(*args)
+    torch.compile(function, backend=catch, dynamic=dynamic)(*args)
     return found
 
 
@@ -109,6 +116,27 @@ def test_a_program_of_dynamo_runs_by_itself_at_another_size(train):
         known = given.get(tuple(value.shape)) if isinstance(value, torch.Tensor) and value.shape[0] == 4 else other
         args.append(5 if isinstance(value, torch.SymInt) else known)
     assert worst(program(*args)[0], linear(other)) < TOLERANCE
+
+
+class Scaled(torch.nn.Module):
+    """A scale that the module holds, and one that is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.25
+
+    def forward(self, x, temperature):
+        return (x * self.scale).softmax(-1) * temperature
+
+
+def test_floats_that_modules_hold_are_constants_and_those_given_stay_inputs():
+    module, x = Scaled(), torch.randn(3, 4)
+    with torch.no_grad():
+        (program,) = traced(module, x, 0.5, dynamic=True)
+    verify(program)
+    assert "0.25" in str(program)
+    assert "0.5" not in str(program)
+    assert any(value.dtype == torch.float64 for value in tensors(program))
 
 
 def test_in_place_ops_on_intermediates_leave_a_functional_program():
