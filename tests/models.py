@@ -1,14 +1,13 @@
 """Stock models of timm and transformers in small random configurations, as users have them: no class changed.
 
-Weights are drawn so that attention matters: with the libraries' own initial values the scores are nearly equal and layer
-scale hides the blocks, so that a wrong scale or bias would pass a comparison.
+Weights are drawn so that attention matters: with the libraries' own initial values the scores are nearly equal and
+layer scale hides the blocks, so that a wrong scale or bias would pass a comparison.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,31 +18,38 @@ ATTENTION = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class Case:
-    """A stock model and what to call it with. batch: the name of the inputs whose first dimension is the batch."""
+    """A stock model and what to call it with.
+
+    blocks: how many attentions it holds in the small configuration.  missed: for those that can not be raised, a part
+    of each sentence, in order; `unraised` is how many attentions they stand for.
+    """
 
     name: str
     library: str
-    build: Callable[[str], nn.Module]
-    inputs: Callable[[int], dict[str, torch.Tensor]]
+    build: Callable[[str, bool], nn.Module]
+    inputs: Callable[[int, bool], dict[str, torch.Tensor]]
+    blocks: int
     attention: tuple[str, ...] = ATTENTION
-    blocks: int = 2
-    fixed: dict[str, Any] = field(default_factory=dict)
+    missed: tuple[str, ...] = ()
+    unraised: int = 0
 
-    def model(self, attention: str, seed: int = 0) -> nn.Module:
-        """The model in inference mode with lively weights; attention is "eager" or "sdpa"."""
+    def model(self, attention: str = "eager", *, full: bool = False, seed: int = 0) -> nn.Module:
+        """The model in inference mode with lively weights; attention is "eager" or "sdpa"; full: the published size."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = self.build(attention).eval()
+            model = self.build(attention, full).eval()
             enliven(model)
         return model
 
-    def example(self, batch: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    def example(self, batch: int = 2, *, full: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Inputs by name."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return self.inputs(batch)
+            return self.inputs(batch, full)
 
     def dynamic(self) -> dict[str, dict[int, str]]:
-        return {name: {0: "batch"} for name in self.inputs(2)}
+        """dynamic_shapes with the batch symbolic."""
+        return {name: {0: "batch"} for name in self.example()}
 
 
 def enliven(model: nn.Module) -> None:
@@ -71,17 +77,18 @@ def timm_model(name: str, attention: str, **config: Any) -> nn.Module:
     return model
 
 
-def pictures(batch: int, side: int) -> dict[str, torch.Tensor]:
-    return {"x": torch.randn(batch, 3, side, side)}
+def timm_case(
+    name: str, side: int, blocks: int, *, full: int = 224, case: dict[str, Any] | None = None, **config: Any
+) -> Case:
+    """A timm case of small `config`; side, full: the pictures' side in pixels, small and published."""
 
+    def build(attention: str, whole: bool) -> nn.Module:
+        return timm_model(name, attention, **({"img_size": full} if whole else {"img_size": side, **config}))
 
-def timm_case(name: str, side: int, blocks: int, attention: tuple[str, ...] = ATTENTION, **config: Any) -> Case:
-    """A timm case; `side` in pixels."""
+    def inputs(batch: int, whole: bool) -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(batch, 3, *[full if whole else side] * 2)}
 
-    def build(chosen: str) -> nn.Module:
-        return timm_model(name, chosen, **config)
-
-    return Case(name, "timm", build, functools.partial(pictures, side=side), attention, blocks)
+    return Case(name, "timm", build, inputs, blocks, **(case or {}))
 
 
 def transformers_model(name: str, attention: str, **config: Any) -> nn.Module:
@@ -89,63 +96,72 @@ def transformers_model(name: str, attention: str, **config: Any) -> nn.Module:
 
     transformers = __import__("transformers")
     kind = getattr(transformers, name)
-    return kind._from_config(kind.config_class(**config), attn_implementation=attention)  # type: ignore[no-any-return]
+    model: nn.Module = kind._from_config(kind.config_class(**config), attn_implementation=attention)
+    return model
 
 
 def transformers_case(
-    name: str, blocks: int, inputs: Callable[[int], dict[str, torch.Tensor]], **config: Any
+    name: str, blocks: int, inputs: Callable[[int, bool], dict[str, torch.Tensor]], **config: Any
 ) -> Case:
-    def build(chosen: str) -> nn.Module:
-        return transformers_model(name, chosen, **config)
+    def build(attention: str, whole: bool) -> nn.Module:
+        return transformers_model(name, attention, **({} if whole else config))
 
-    return Case(name, "transformers", build, inputs, ATTENTION, blocks)
+    return Case(name, "transformers", build, inputs, blocks)
 
 
-def pixels(batch: int, side: int = 32) -> dict[str, torch.Tensor]:
+def pixels(batch: int, full: bool) -> dict[str, torch.Tensor]:
+    side = 224 if full else 32
     return {"pixel_values": torch.randn(batch, 3, side, side)}
 
 
-def masked_pixels(batch: int) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(batch, 3, 32, 32), "noise": torch.rand(batch, 16)}
+def noisy_pixels(batch: int, full: bool) -> dict[str, torch.Tensor]:
+    """Pictures and the noise by which ViTMAE chooses what to hide, which would be drawn anew otherwise."""
+    return {**pixels(batch, full), "noise": torch.rand(batch, 196 if full else 16)}
 
 
-def words(batch: int) -> dict[str, torch.Tensor]:
-    mask = torch.ones(batch, 12, dtype=torch.int64)
-    mask[-1, 9:] = 0
-    return {"input_ids": torch.randint(0, 99, (batch, 12)), "attention_mask": mask}
+def words(batch: int, full: bool) -> dict[str, torch.Tensor]:
+    """Token numbers and a padding mask."""
+    length = 64 if full else 12
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[-1, length - 3 :] = 0
+    return {"input_ids": torch.randint(0, 99, (batch, length)), "attention_mask": mask}
 
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
+ONE: dict[str, Any] = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+TWO: dict[str, Any] = {**ONE, "depth": 2}
+WIDTH: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {**WIDTH, "num_hidden_layers": 2, "intermediate_size": 64}
+PICTURE: dict[str, Any] = {**SMALL, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+
+TALKING = {"missed": ("stands between the scores",), "unraised": 1}
+GATED = {
+    "missed": ("stands between softmax and the product with v", "no product of queries and keys lies above"),
+    "unraised": 1,
+    "attention": ("eager",),
 }
-PICTURE: dict[str, Any] = {**SMALL, "image_size": 32, "patch_size": 8}
 
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
-        timm_case("vit_base_patch16_224", 48, 2, depth=2, embed_dim=32, num_heads=2, img_size=48),
-        timm_case("deit_small_patch16_224", 48, 2, depth=2, embed_dim=32, num_heads=2, img_size=48),
-        timm_case("deit3_small_patch16_224", 48, 2, depth=2, embed_dim=32, num_heads=2, img_size=48),
-        timm_case("vit_small_patch14_dinov2", 42, 2, depth=2, embed_dim=32, num_heads=2, img_size=42),
-        timm_case("beit_base_patch16_224", 48, 2, depth=2, embed_dim=32, num_heads=2, img_size=48),
-        timm_case("eva02_tiny_patch14_224", 42, 2, depth=2, embed_dim=32, num_heads=2, img_size=42),
+        timm_case("vit_base_patch16_224", 48, 2, **TWO),
+        timm_case("deit_small_patch16_224", 48, 1, **ONE),
+        timm_case("deit3_small_patch16_224", 48, 1, **ONE),
+        timm_case("vit_small_patch14_dinov2", 42, 1, **ONE),
+        timm_case("beit_base_patch16_224", 48, 1, **ONE),
+        timm_case("eva02_tiny_patch14_224", 42, 1, **ONE),
+        timm_case("swin_tiny_patch4_window7_224", 56, 2, depths=(2,), embed_dim=16, num_heads=(2,)),
+        timm_case("convit_tiny", 48, 2, case=GATED, depth=2, local_up_to_layer=1, embed_dim=16, num_heads=2),
+        timm_case("cait_xxs24_224", 48, 3, case=TALKING, **ONE),
+        timm_case("xcit_nano_12_p16_224", 48, 2, cls_attn_layers=1, **ONE),
         timm_case(
-            "swin_tiny_patch4_window7_224", 56, 4, depths=(2, 2), embed_dim=16, num_heads=(2, 4), img_size=56,
-            window_size=7,
+            "crossvit_tiny_240", 240, 4, full=240, case={"attention": ("eager",)},
+            depth=((1, 1, 0),), embed_dim=(16, 32), num_heads=(2, 2),
         ),
-        timm_case("convit_tiny", 48, 3, ("eager",), depth=3, local_up_to_layer=1, embed_dim=16, num_heads=2, img_size=48),
-        timm_case("cait_xxs24_224", 48, 3, depth=1, embed_dim=32, num_heads=2, img_size=48),
-        timm_case("xcit_nano_12_p16_224", 48, 2, depth=1, cls_attn_layers=1, embed_dim=32, num_heads=2, img_size=48),
-        timm_case("crossvit_tiny_240", 240, 4, ("eager",), depth=((1, 1, 0),), embed_dim=(16, 32), num_heads=(2, 2)),
-        transformers_case("ViTModel", 2, pixels, **PICTURE),
-        transformers_case("DeiTModel", 2, pixels, **PICTURE),
-        transformers_case("Dinov2Model", 2, pixels, hidden_size=32, num_attention_heads=2, num_hidden_layers=2,
-                          image_size=32, patch_size=8),
+        transformers_case("ViTModel", 1, pixels, **PICTURE),
+        transformers_case("DeiTModel", 1, pixels, **PICTURE),
+        transformers_case("Dinov2Model", 1, pixels, **WIDTH, num_hidden_layers=1, image_size=32, patch_size=8),
         transformers_case("BertModel", 2, words, **SMALL, vocab_size=99, max_position_embeddings=16),
-        transformers_case("ViTMAEModel", 2, masked_pixels, **PICTURE),
-        transformers_case("CLIPVisionModel", 2, pixels, **PICTURE),
+        transformers_case("ViTMAEModel", 1, noisy_pixels, **PICTURE),
+        transformers_case("CLIPVisionModel", 1, pixels, **PICTURE),
     )
 }  # fmt: skip

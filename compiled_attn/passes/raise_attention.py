@@ -14,25 +14,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import fx
 
+from compiled_attn.ir import _torch
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Edit, Program
 from compiled_attn.ir.text import type_text
 from compiled_attn.passes.match import values
-from compiled_attn.passes.match.attention import Attention, Decline, Step, match, reached, softmax
+from compiled_attn.passes.match.attention import Attention, match
 from compiled_attn.passes.match.axes import Dim, Layout, below, flat, is_layout_op, settled, whole
+from compiled_attn.passes.match.bias import bias_of, invariant, mask_value
 from compiled_attn.passes.match.build import Builder, Source, UnknownSizeError, cost, sources
+from compiled_attn.passes.match.probabilities import reached
+from compiled_attn.passes.match.scores import Decline, Step
+from compiled_attn.passes.match.softmax import softmax
 
 if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-REPLACED = -1e4  # a finite mask value at or below this gives weight 0 beside any score above `value + 104`
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class RaiseAttention:
         edit = program.edit()
         raised = 0
         for node in list(edit.graph.nodes):
-            found = softmax(program, node) if node.op == "call_function" else None
+            found = softmax(node) if node.op == "call_function" else None
             if found is None:
                 continue
             matched = match(program, found)
@@ -64,7 +68,7 @@ def attention_blocks(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
     present = [n for n in program.graph.nodes if n.target is SDPA]
     written: dict[fx.Node, None] = {}
     for node in program.graph.nodes:
-        found = softmax(program, node) if node.op == "call_function" else None
+        found = softmax(node) if node.op == "call_function" else None
         if found is not None:
             written.update(dict.fromkeys(reached(found.node)[:1]))
     return present, list(written)
@@ -90,10 +94,13 @@ class Plan:
 
 def raise_one(edit: Edit, found: Attention, notes: Notes) -> Decline | None:
     """Rewrites one matched attention in the edit; a Decline, and no change, where a guard fails."""
+    pv = found.mixed.product.node
+    writer = _written_between(found.scores.product.node, pv)
+    if writer is not None:
+        return Decline(writer, f"{writer.name} writes in place between {found.scores.product.node.name} and {pv.name}")
     plan = plan_for(edit, found)
     if isinstance(plan, Decline):
         return plan
-    pv = found.mixed.product.node
     builder = Builder(edit, found.softmax.node, _sizes_before(edit, pv))
     for node in (plan.q.node, plan.k.node, plan.v.node, found.softmax.node, pv):
         builder.know(node)
@@ -106,6 +113,16 @@ def raise_one(edit: Edit, found: Attention, notes: Notes) -> Decline | None:
     for node in (*found.mixed.path, *reversed(found.scores.path), *found.softmax.inner):
         values.erase_checks(node)
     notes.did(result, RaiseAttention.name, _formula(found, plan), plan.condition)
+    return None
+
+
+def _written_between(first: fx.Node, last: fx.Node) -> fx.Node | None:
+    """A node between two others that writes in place: q and k would be read behind it instead of before."""
+    node = first.next
+    while node is not last and node.op != "root":
+        if values.writes_in_place(node):
+            return node
+        node = node.next
     return None
 
 
@@ -132,7 +149,7 @@ def plan_for(edit: Edit, found: Attention) -> Plan | Decline:
             if set(flat(step.layout)) & set(whole(found.keys)) and set(flat(step.layout)) & set(whole(found.queries)):
                 return Decline(step.node, f"{step.node.name} multiplies each score by a factor of its own")
             factors.append(step)
-        elif step.kind == "mask" and _mask_value(found, place) is None:
+        elif step.kind == "mask" and mask_value(found, place) is None:
             return Decline(
                 step.node, f"{step.node.name} replaces scores by {step.number:g}, which no additive mask states"
             )
@@ -170,26 +187,6 @@ def _rearranged(found: Attention) -> list[tuple[fx.Node, Layout]]:
     return options
 
 
-def _mask_value(found: Attention, place: int) -> float | None:
-    """What to add where a mask replaces scores, so that the softmax stays the same; None where nothing does.
-
-    -inf, and values so negative that adding a score leaves them, are added as they are. A value that is merely very
-    negative is replaced by the most negative one, when nothing is added behind the mask.
-    """
-    step, later = found.scores.steps[place], found.scores.steps[place + 1 :]
-    if step.number == -math.inf:
-        return step.number
-    if not math.isfinite(step.number) or any(s.kind == "factor" for s in later):
-        return None
-    behind = math.prod(s.number for s in later if s.kind == "scale")
-    effective = step.number * behind
-    if behind > 0 and step.number <= -1e30 and effective <= -1e30:
-        return step.number
-    if behind > 0 and effective <= REPLACED and not any(s.kind == "bias" for s in later):
-        return torch.finfo(torch.float32).min / max(behind, 1.0)
-    return None
-
-
 def _condition(found: Attention) -> str:
     """What the equality rests on besides rounding."""
     masks = [s.number for s in found.scores.steps if s.kind == "mask"]
@@ -209,10 +206,10 @@ def _build(builder: Builder, found: Attention, plan: Plan) -> fx.Node:
     k = builder.arrange(plan.k.node, plan.k.layout, (b, h, m, found.depth))
     scale = plan.scale
     for step in plan.factors:
-        q, k = _apply_factor(builder, found, plan, step, q, k)
+        q, k = _apply_factor(builder, plan, step, q, k)
     if scale <= 0:
         q, scale = builder.call(aten.mul.Tensor, q, scale), 1.0
-    bias = _bias(builder, found, plan, values.dtype(q))
+    bias = bias_of(builder, found, (b, h, n, m), values.dtype(q))
     builder.like = found.mixed.product.node
     v = builder.arrange(plan.v.node, plan.v.layout, (b, h, m, found.width))
     dropout = found.mixed.dropout
@@ -225,9 +222,7 @@ def _build(builder: Builder, found: Attention, plan: Plan) -> fx.Node:
     return result
 
 
-def _apply_factor(
-    builder: Builder, found: Attention, plan: Plan, step: Step, q: fx.Node, k: fx.Node
-) -> tuple[fx.Node, fx.Node]:
+def _apply_factor(builder: Builder, plan: Plan, step: Step, q: fx.Node, k: fx.Node) -> tuple[fx.Node, fx.Node]:
     """A factor of the scores on q, or on k where it differs by key."""
     op = aten.div.Tensor if step.inverse else aten.mul.Tensor
     if not values.is_tensor(step.other):
@@ -242,80 +237,8 @@ def _apply_factor(
     return (q, made) if on_keys else (made, k)
 
 
-def _bias(builder: Builder, found: Attention, plan: Plan, kind: torch.dtype) -> fx.Node | None:
-    """What is added to the scaled scores, as [B or 1, H or 1, N or 1, M or 1]; a boolean mask where that says it all."""
-    groups = (plan.batch, plan.heads, plan.queries, plan.keys)
-    apart = tuple(dim for group in groups for dim in ([(axis,) for axis in whole(group)] or [()]))
-    bias: fx.Node | None = None
-    layout: Layout = ()
-    steps = [s for s in found.scores.steps if not _invariant(found, s)]
-    only = steps[0] if len([s for s in steps if s.kind in ("bias", "mask")]) == 1 else None
-    for place, step in enumerate(found.scores.steps):
-        if _invariant(found, step):
-            continue
-        builder.like = step.node
-        other = None
-        if values.is_tensor(step.other) and (bias is not None or step.kind in ("bias", "mask")):
-            other = builder.arrange(step.other, step.layout, apart, spread=False)
-            term = tuple(dim if set(dim) & set(flat(step.layout)) else () for dim in apart)
-            layout = tuple(a or b for a, b in zip(layout, term, strict=True)) if layout else term
-        if step.kind == "mask":
-            value = _mask_value(found, place)
-            if only is not None and value == -math.inf and other is not None:
-                bias = other if step.inverse else builder.call(aten.logical_not.default, other)
-            else:
-                bias = _masked(builder, bias, other, value, step.inverse)
-        elif step.kind == "bias":
-            bias = _added(builder, bias, other, step.number)
-        elif bias is not None and bias.meta["val"].dtype is not torch.bool:
-            bias = _followed(builder, bias, step, other)
-    if bias is None:
-        return None
-    builder.like = found.scores.product.node
-    bias = builder.arrange(bias, layout, groups, spread=False)
-    if values.dtype(bias) not in (torch.bool, kind) and not (
-        values.dtype(bias) is torch.float32 and kind in (torch.float16, torch.bfloat16)
-    ):
-        bias = builder.call(aten._to_copy.default, bias, dtype=kind)
-    return bias
-
-
-def _invariant(found: Attention, step: Step) -> bool:
-    """A number added to all scores alike, which softmax does not see."""
-    return step.kind == "bias" and not values.is_tensor(step.other)
-
-
-def _masked(builder: Builder, bias: Any, mask: Any, value: Any, inverse: bool) -> fx.Node:
-    if bias is None:
-        pair = (0.0, value) if inverse else (value, 0.0)
-        return builder.call(aten.where.Scalar, mask, *pair)
-    if inverse:
-        return builder.call(aten.where.ScalarOther, mask, bias, value)
-    return builder.call(aten.where.ScalarSelf, mask, value, bias)
-
-
-def _added(builder: Builder, bias: Any, other: Any, number: float) -> fx.Node:
-    if bias is None:
-        return other if number == 1.0 else builder.call(aten.mul.Tensor, other, number)
-    if number == 1.0:
-        return builder.call(aten.add.Tensor, bias, other)
-    return builder.call(aten.add.Tensor, bias, other, alpha=number)
-
-
-def _followed(builder: Builder, bias: fx.Node, step: Step, other: Any) -> fx.Node:
-    """What a scale, a factor or a floor behind it does to a bias."""
-    if step.kind == "scale":
-        return builder.call(aten.mul.Tensor, bias, step.number)
-    if step.kind == "floor":
-        return builder.call(aten.clamp_min.default, bias, step.number)
-    op = aten.div.Tensor if step.inverse else aten.mul.Tensor
-    return builder.call(op, bias, step.other if other is None else other)
-
-
 def _sizes_before(edit: Edit, end: fx.Node) -> dict[str, fx.Node]:
     """Nodes that hold symbolic sizes, by expression, among those that run before `end`."""
-    from compiled_attn.ir import _torch
-
     found: dict[str, fx.Node] = {}
     for node in edit.graph.nodes:
         if node is end:
@@ -327,7 +250,7 @@ def _sizes_before(edit: Edit, end: fx.Node) -> dict[str, fx.Node]:
 
 
 def _formula(found: Attention, plan: Plan) -> str:
-    kinds = {s.kind for s in found.scores.steps if not _invariant(found, s)}
+    kinds = {s.kind for s in found.scores.steps if not invariant(s)}
     scale = f" * {plan.scale:.6g}" if plan.scale != 1.0 else ""
     factor = " * factor" if "factor" in kinds else ""
     bias = " + bias" if "bias" in kinds else ""

@@ -1,8 +1,8 @@
 """Axes of tensors by identity: which dimension of one tensor is which dimension of another, through views and permutes.
 
 A layout lists, for each dimension of a tensor, the axes it runs over, slowest first. A dimension of size 1 runs over
-none; a flattened dimension runs over several. A view that splits an axis refines it in place, so that every layout which
-holds the axis sees its parts. Sizes may be symbolic: they are compared for all allowed values, never by hint.
+none; a flattened dimension runs over several. A view that splits an axis refines it in place, so that every layout
+that holds the axis sees its parts. Sizes may be symbolic: they are compared for all allowed values, never by hint.
 """
 
 from __future__ import annotations
@@ -200,14 +200,12 @@ def below(node: fx.Node, layout: Layout) -> Layout | None:
     result = shape(node)
     if node.target in SPREAD:
         padded = ((),) * (len(result) - len(layout)) + layout
-        return tuple(
-            dim or (() if is_one(size) else (Axis(size),)) for size, dim in zip(result, padded, strict=True)
-        )
+        return tuple(dim or (() if is_one(size) else (Axis(size),)) for size, dim in zip(result, padded, strict=True))
     return regroup(flat(layout), result)
 
 
 def broadcast(layout: Layout, sizes: Sequence[Any]) -> Layout:
-    """The layout of an operand of the given sizes that was broadcast, from the right, to a result of layout `layout`."""
+    """The layout of an operand of the given sizes that was broadcast, from the right, to a result of `layout`."""
     kept = layout[len(layout) - len(sizes) :] if sizes else ()
     return tuple(() if is_one(size) else dim for size, dim in zip(sizes, kept, strict=True))
 
@@ -226,10 +224,11 @@ def _order(node: fx.Node) -> list[int] | None:
         return None
     rank = value.dim()
     order = list(range(rank))
+    arguments: Any = node.args
     if node.target is aten.permute.default:
-        return [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr]
+        return [d % rank for d in arguments[1]]
     if node.target in SWAP:
-        a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+        a, b = (d % rank for d in arguments[1:3])
     elif node.target in (aten.t.default, aten.mT.default, aten.numpy_T.default) and rank == 2:
         a, b = 0, 1
     elif node.target is aten.mT.default:
@@ -242,11 +241,9 @@ def _order(node: fx.Node) -> list[int] | None:
 
 def _keeps_all(node: fx.Node) -> bool:
     """A slice that takes all, or the selection of the one element of a dimension of size 1."""
-    source = shape(_input(node))
+    source: Any = shape(_input(node))
+    arguments: Any = node.args
     if node.target is aten.slice.Tensor:
-        return all(_torch.statically_true(a == b) for a, b in zip(source, shape(node), strict=True)) and (
-            len(node.args) < 5 or node.args[4] == 1
-        )
-    if node.target is aten.select.int:
-        return is_one(source[int(node.args[1])])  # type: ignore[arg-type]
-    return False
+        same = all(_torch.statically_true(a == b) for a, b in zip(source, shape(node), strict=True))
+        return same and (len(arguments) < 5 or (isinstance(arguments[4], int) and arguments[4] == 1))
+    return node.target is aten.select.int and is_one(source[arguments[1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -14,12 +15,9 @@ from torch import fx
 from compiled_attn.ir import _torch
 from compiled_attn.ir.program import Edit
 from compiled_attn.passes.match.axes import COPIES, Axis, Dim, Layout, above, flat, is_layout_op, settled, whole
-from compiled_attn.passes.match.values import dtype, is_tensor, scalar
+from compiled_attn.passes.match.values import DIVIDE, MULTIPLY, dtype, is_tensor, scalar, writes_in_place
 
 aten = torch.ops.aten
-
-MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar}
-DIVIDE = {aten.div.Tensor, aten.div.Scalar}
 
 
 @dataclass(frozen=True)
@@ -157,9 +155,7 @@ def _mergeable(node: fx.Node, layout: Layout, dims: Sequence[Dim]) -> bool:
             strides[axis] = step
             step = step * axis.size
     return all(
-        _torch.statically_true(strides[a] == strides[b] * b.size)
-        for dim in dims
-        for a, b in zip(dim[:-1], dim[1:], strict=True)
+        _torch.statically_true(strides[a] == strides[b] * b.size) for dim in dims for a, b in itertools.pairwise(dim)
     )
 
 
@@ -186,7 +182,7 @@ def sources(edit: Edit, node: fx.Node, layout: Layout, *, multiplied: bool) -> l
     products with a constant (their factors are collected)."""
     found = [Source(node, layout, 1.0, 0)]
     scale = 1.0
-    while node.op == "call_function":
+    while node.op == "call_function" and not any(writes_in_place(user) for user in node.users):
         if is_layout_op(node):
             source = node.args[0]
             up = above(node, layout)
@@ -216,7 +212,8 @@ def _constant_factor(edit: Edit, node: fx.Node) -> tuple[fx.Node, float] | None:
         return (a, 1 / number) if number and isinstance(a, fx.Node) else None
     for path, other in ((a, b), (b, a)):
         number = scalar(edit.program, other)
-        same = isinstance(path, fx.Node) and is_tensor(path) and dtype(path) == dtype(node)
-        if number is not None and same and path.meta["val"].dim() == node.meta["val"].dim():
+        if number is None or not is_tensor(path) or dtype(path) != dtype(node):
+            continue
+        if path.meta["val"].dim() == node.meta["val"].dim():
             return path, number
     return None

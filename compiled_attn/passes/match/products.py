@@ -13,6 +13,8 @@ from compiled_attn.passes.match.values import argument, is_tensor
 
 aten = torch.ops.aten
 
+PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default}
+
 Labels = tuple[str | None, ...]  # one a dimension; None where a dimension of size 1 is broadcast
 
 

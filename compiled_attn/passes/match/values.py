@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -14,6 +14,13 @@ from compiled_attn.ir.program import Program
 
 aten = torch.ops.aten
 
+MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar}
+DIVIDE = {aten.div.Tensor, aten.div.Scalar}
+ADD = {aten.add.Tensor, aten.add.Scalar}
+SUBTRACT = {aten.sub.Tensor, aten.sub.Scalar}
+FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
+FLOOR = {aten.clamp_min.default, aten.clamp.default, aten.maximum.default, aten.max.other}
 ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_async.default}
 
 
@@ -80,12 +87,17 @@ def erase_checks(node: fx.Node) -> None:
             user.graph.erase_node(user)
 
 
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node changes one of its arguments (training programs keep such ops)."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def dtype(node: fx.Node) -> torch.dtype:
     found: torch.dtype = node.meta["val"].dtype
     return found
 
 
-def is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> TypeGuard[fx.Node]:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
