@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from compiled_attn.ir.errors import OpError
 from compiled_attn.ir.op import Cost, by_vjp, define
-from compiled_attn.ops.rules import bytes_of, differ, exceeds, want_equal, want_floating, want_rank
+from compiled_attn.ops.rules import bytes_of, differ, exceeds, want_equal, want_floating, want_rank, widened
 
 Tensor = torch.Tensor
 
 
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
     """softmax over M of scale * q k^T + bias, [B, H, N, M], at least in float32; a row with nothing to see is zeros."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = widened(q.dtype)
     scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
     if bias is not None:
         scores = scores + bias.to(wide)
@@ -93,7 +93,7 @@ def class_row_reference(
 ) -> tuple[Tensor, Tensor]:
     class_row_shape(q, k, v, bias, scale=scale, row=row)
     p = probabilities(q, k, bias, scale, causal=False)
-    return tokens_first((p @ v.to(p.dtype)).to(q.dtype)), p[:, :, row].mean(1).to(_row_dtype(q))
+    return tokens_first((p @ v.to(p.dtype)).to(q.dtype)), p[:, :, row].mean(1).to(widened(q.dtype))
 
 
 def class_row_shape(
@@ -108,7 +108,7 @@ def class_row_shape(
             do="give a row from 0 to the number of queries less one",
         )
     out = attention_shape(q, k, v, bias, scale=scale)
-    return out, q.new_empty((q.shape[0], k.shape[2]), dtype=_row_dtype(q))
+    return out, q.new_empty((q.shape[0], k.shape[2]), dtype=widened(q.dtype))
 
 
 def class_row_cost(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float, row: int = 0) -> Cost:
@@ -116,7 +116,7 @@ def class_row_cost(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, 
     del row
     batch, heads, _, width = q.shape
     keys = k.shape[2]
-    flops, moved = 2 * batch * heads * keys * width, batch * keys * _row_dtype(q).itemsize
+    flops, moved = 2 * batch * heads * keys * width, batch * keys * widened(q.dtype).itemsize
     return attention_cost(q, k, v, bias, scale=scale) + Cost(flops, moved)
 
 
@@ -130,7 +130,7 @@ def class_row_decomposition(
         full = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         mine = full[:, :, row : row + 1]
     p = probabilities(q[:, :, row : row + 1], k, mine, scale, causal=False)
-    return out, p[:, :, 0].mean(1).to(_row_dtype(q))
+    return out, p[:, :, 0].mean(1).to(widened(q.dtype))
 
 
 attention_with_class_row = define(
@@ -165,7 +165,3 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Non
             facts=f"bias is {tuple(bias.shape)}, the scores are [B, H, N, M] = {scores}",
             do="give each of its dimensions the scores' size, or 1",
         )
-
-
-def _row_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)

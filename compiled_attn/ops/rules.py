@@ -48,3 +48,8 @@ def want_floating(op: str, name: str, tensor: torch.Tensor) -> None:
 def bytes_of(*tensors: torch.Tensor | None) -> Any:
     """Bytes that the elements of the tensors take, a broadcast view counted in full."""
     return sum((t.numel() * t.element_size() for t in tensors if t is not None), 0)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over elements of `dtype` are made: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

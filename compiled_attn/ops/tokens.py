@@ -9,7 +9,7 @@ import torch
 
 from compiled_attn.ir.errors import OpError
 from compiled_attn.ir.op import Cost, by_vjp, define
-from compiled_attn.ops.rules import bytes_of, exceeds, want_equal, want_floating, want_rank
+from compiled_attn.ops.rules import bytes_of, exceeds, want_equal, want_floating, want_rank, widened
 
 Tensor = torch.Tensor
 
@@ -84,7 +84,7 @@ def select_decomposition(
 
 def _fused(rest: Tensor, score: Tensor, left_out: Tensor) -> Tensor:
     """[B, 1, C]: sum over the tokens left out of score * token, at least in float32."""
-    wide = torch.promote_types(rest.dtype, torch.float32)
+    wide = widened(rest.dtype)
     weight = torch.where(left_out, score.to(wide), 0.0)
     token = torch.where(left_out.unsqueeze(2), rest.to(wide), 0.0)
     return (weight.unsqueeze(1) @ token).to(rest.dtype)

@@ -4,9 +4,9 @@
 //   bias, if any, is added to the scaled scores, read by four strides (0 where it is broadcast).
 //   out [B, H, N, Dv] is written by its strides, channel stride 1.
 //
-// Queries lie in the lanes of the vectors, keys and channels in the rows of the register tile. So the keys and values need
-// no packing, a softmax has no sum across lanes, and no width of the head wastes a lane. One task is one block of at most
-// kMaxVectors * kWidth queries of one head; its memory plan (floats, W = lanes of the block):
+// Queries lie in the lanes of the vectors, keys and channels in the rows of the register tile. So the keys and values
+// need no packing, a softmax has no sum across lanes, and no width of the head wastes a lane. One task is one block of
+// at most kMaxVectors * kWidth queries of one head; its memory plan (floats, W = lanes of the block):
 //
 //   queries [D, W]   the block transposed, times scale * log2(e)
 //   scores  [K, W]   of one block of keys; turned into probabilities where they lie
@@ -47,7 +47,7 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 // Rows of the register tile beside `NV` vectors of queries.
 template <int NV>
 constexpr int tile_rows() {
-  return kMaxVectors == 4 ? (NV == 4 ? 6 : 8) : (NV == 2 ? 5 : 8);
+  return kMaxVectors == 4 ? (NV == 4 ? 6 : 8) : (NV == 2 && kWidth == 8 ? 6 : 4);
 }
 
 // How one step of the reduction is made of four bytes of a row and a vector of the block.
@@ -73,20 +73,27 @@ using StepOf = Single;
 template <class Step, int R, int NV>
 COMPILED_ATTN_INLINE void tile(const char* a, int64_t row, int64_t next, const float* b, int64_t steps,
                                Vec (&sum)[R][NV]) {
-  for (int64_t t = 0; t < steps; ++t) {
+  // Every third row has a pointer of its own: the two rows behind it are reached by the addressing mode.
+  const char* thirds[(R + 2) / 3];
+#pragma GCC unroll 3
+  for (int i = 0; i < (R + 2) / 3; ++i) thirds[i] = a + 3 * i * row;
+  for (const float* end = b + steps * NV * kWidth; b != end; b += NV * kWidth) {
     Vec column[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) column[j] = vload(b + j * kWidth);
+    for (int j = 0; j < NV; ++j) {
+      column[j] = vload(b + j * kWidth);
+      COMPILED_ATTN_KEEP(column[j]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       float bits;
-      std::memcpy(&bits, a + r * row, 4);
+      std::memcpy(&bits, thirds[r / 3] + r % 3 * row, 4);
       const Vec value = vset(bits);
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) sum[r][j] = Step::step(value, column[j], sum[r][j]);
     }
-    a += next;
-    b += NV * kWidth;
+#pragma GCC unroll 3
+    for (int i = 0; i < (R + 2) / 3; ++i) thirds[i] += next;
   }
 }
 
@@ -104,6 +111,86 @@ struct BiasRows {
   const void* data;
   bool bf16;
 };
+
+// to [D, W], or [ceil(D / 2), W] of pairs: a block of `count` queries transposed; float32 times scale * log2(e).
+template <class T>
+void load_queries(const AttentionShape& s, const T* q, int64_t vectors, int64_t count, float* to) {
+  constexpr int64_t pair = StepOf<T>::kPerStep;
+  constexpr int64_t per = kWidth * pair;
+  const Vec unit = vset(s.scale * kLog2e);
+  for (int64_t j = 0; j < vectors; ++j) {
+    for (int64_t d = 0; d < s.width; d += per) {
+      const int64_t channels = std::min(per, s.width - d);
+      Vec r[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const T* from = q + (j * kWidth + i) * s.q[2] + d;
+        if (j * kWidth + i >= count) {
+          r[i] = vset(0.f);
+        } else if constexpr (pair == 2) {
+          T pairs[per] = {};
+          std::memcpy(pairs, from, channels * sizeof(T));
+          std::memcpy(&r[i], pairs, sizeof(Vec));
+        } else {
+          r[i] = vmul(vload(from, channels), unit);
+        }
+      }
+      vtranspose(r);
+      const int64_t steps = (channels + pair - 1) / pair;
+      for (int64_t i = 0; i < steps; ++i) vstore(to + ((d / pair + i) * vectors + j) * kWidth, r[i]);
+    }
+  }
+}
+
+// out = sums [Dv, W] / total [W], transposed back, for `count` queries.
+template <class T>
+void store_block(const AttentionShape& s, const float* sums, const float* total, int64_t vectors, int64_t count,
+                 T* out) {
+  for (int64_t j = 0; j < vectors; ++j) {
+    const int64_t rows = std::min<int64_t>(kWidth, count - j * kWidth);
+    float factor[kWidth];
+    for (int i = 0; i < kWidth; ++i) factor[i] = total[j * kWidth + i] == 0.f ? 0.f : 1.f / total[j * kWidth + i];
+    const Vec inverse = vload(factor);
+    for (int64_t d = 0; d < s.value_width; d += kWidth) {
+      const int64_t channels = std::min<int64_t>(kWidth, s.value_width - d);
+      Vec r[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) {
+        r[i] = i < channels ? vmul(vload(sums + ((d + i) * vectors + j) * kWidth), inverse) : vset(0.f);
+      }
+      vtranspose(r);
+      for (int64_t i = 0; i < rows; ++i) vstore(out + (j * kWidth + i) * s.out[2] + d, r[i], channels);
+    }
+  }
+}
+
+// Rows of bfloat16 as rows of float32, packed.
+inline const char* widen_rows(const Bf16* from, int64_t stride, int64_t rows, int64_t width, float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t d = 0;
+    for (; d + kWidth <= width; d += kWidth) vstore(to + r * width + d, vload(from + r * stride + d));
+    for (; d < width; ++d) to[r * width + d] = to_float(from[r * stride + d]);
+  }
+  return reinterpret_cast<const char*>(to);
+}
+
+// The values of each two keys side by side: [ceil(keys / 2), Dv] of pairs.
+inline const char* pair_rows(const Bf16* v, int64_t stride, int64_t keys, int64_t width, float* memory) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(memory);
+  for (int64_t key = 0; key < keys; key += 2) {
+    const Bf16* low = v + key * stride;
+    const Bf16* high = low + stride;
+    int64_t d = 0;
+#if defined(COMPILED_ATTN_BF16_DOT)
+    for (; d + kWidth <= width && key + 1 < keys; d += kWidth) {
+      const __m512i upper = _mm512_castps_si512(vload(high + d));
+      const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(vload(low + d)), 16);
+      _mm512_storeu_si512(to + d, _mm512_or_si512(upper, lower));
+    }
+#endif
+    for (; d < width; ++d) to[d] = low[d].bits | (key + 1 < keys ? uint32_t(high[d].bits) << 16 : 0u);
+    to += width;
+  }
+  return reinterpret_cast<const char*>(memory);
+}
 
 // to [keys, W] = bias * log2(e), transposed, for the queries of a block and keys from `from` on; W = vectors * kWidth.
 template <class Bias>
@@ -157,7 +244,7 @@ class QueryBlock {
 
   // `q`, `k`, `v`, `out` point at the head, `bias` too; the block is the queries [first, first + count).
   void run(const T* q, const T* k, const T* v, BiasRows bias, T* out, int64_t first, int64_t count) {
-    load_queries(q + first * s.q[2], count);
+    load_queries(s, q + first * s.q[2], NV, count, queries);
     for (int j = 0; j < NV; ++j) {
       greatest[j] = vset(kMinusInfinity);
       total[j] = vset(0.f);
@@ -172,46 +259,21 @@ class QueryBlock {
     for (int64_t begin = 0; begin < seen; begin += std::min(size, kMaxKeys)) {
       const int64_t keys = std::min(std::min(size, kMaxKeys), seen - begin);
       const int64_t corner = first * s.bias[2] + begin * s.bias[3];
-      biased = bias.data != nullptr;
+      const bool biased = bias.data != nullptr;
       if (biased && bias.bf16) load_bias(s, static_cast<const Bf16*>(bias.data) + corner, NV, count, keys, added);
       if (biased && !bias.bf16) load_bias(s, static_cast<const float*>(bias.data) + corner, NV, count, keys, added);
-      score(k + begin * s.k[2], begin, keys, s.causal && begin + keys > first + 1);
+      score(k + begin * s.k[2], keys);
+      limit(begin, keys, biased, s.causal && begin + keys > first + 1);
       soften(keys);
       gather(v + begin * s.v[2], keys);
     }
-    store(out + first * s.out[2], count);
+    for (int j = 0; j < NV; ++j) vstore(before + j * kWidth, total[j]);
+    store_block(s, sums, before, NV, count, out + first * s.out[2]);
   }
 
  private:
-  // queries [D, W], or [ceil(D / 2), W] of pairs: the block transposed.
-  COMPILED_ATTN_INLINE void load_queries(const T* q, int64_t count) {
-    constexpr int64_t per = kWidth * Step::kPerStep;
-    for (int j = 0; j < NV; ++j) {
-      const int64_t rows = std::min<int64_t>(kWidth, std::max<int64_t>(0, count - j * kWidth));
-      for (int64_t d = 0; d < s.width; d += per) {
-        const int64_t channels = std::min(per, s.width - d);
-        Vec r[kWidth];
-        for (int i = 0; i < kWidth; ++i) {
-          const T* from = q + (j * kWidth + i) * s.q[2] + d;
-          if (i >= rows) {
-            r[i] = vset(0.f);
-          } else if constexpr (Step::kPerStep == 2) {
-            T pairs[per] = {};
-            std::memcpy(pairs, from, channels * sizeof(T));
-            std::memcpy(&r[i], pairs, sizeof(Vec));
-          } else {
-            r[i] = vmul(vload(from, channels), vset(s.scale * kLog2e));
-          }
-        }
-        vtranspose(r);
-        const int64_t steps = (channels + Step::kPerStep - 1) / Step::kPerStep;
-        for (int64_t i = 0; i < steps; ++i) vstore(queries + (d / Step::kPerStep + i) * W + j * kWidth, r[i]);
-      }
-    }
-  }
-
-  // scores [keys, W] = log2(e) * (scale * k q^T + bias), and the greatest of each lane so far.
-  COMPILED_ATTN_INLINE void score(const T* k, int64_t begin, int64_t keys, bool masked) {
+  // scores [keys, W] = log2(e) * scale * k q^T. Not inlined: the tile wants all registers. So does that of `gather`.
+  __attribute__((noinline)) void score(const T* k, int64_t keys) {
     int64_t stride = s.k[2] * int64_t(sizeof(T));
     const char* rows = reinterpret_cast<const char*>(k);
     if constexpr (kWiden) {
@@ -227,39 +289,50 @@ class QueryBlock {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) sum[r][j] = vset(0.f);
       tile<Step>(rows + key * stride, stride, 4, queries, steps, sum);
-      if constexpr (Step::kPerStep == 2) {
-        if (s.width & 1) odd_channel(k + key * s.k[2], sum);
-      }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {
-          Vec x = sum[r][j];
-          const int64_t at = (key + r) * W + j * kWidth;
-          if constexpr (Step::kPerStep == 2) x = vmul(x, vset(s.scale * kLog2e));
-          if (biased) x = vadd(x, vload(added + at));
-          if (masked) {
-            x = vless(vload(position + j * kWidth), vset(float(begin + key + r)), vset(kMinusInfinity), x);
-          }
-          greatest[j] = vmax(x, greatest[j]);
-          vstore(scores + at, x);
+          const Vec unit = vset(s.scale * kLog2e);
+          vstore(scores + (key + r) * W + j * kWidth, Step::kPerStep == 2 ? vmul(sum[r][j], unit) : sum[r][j]);
         }
-      }
     });
+    if (Step::kPerStep == 2 && s.width & 1) add_odd_channel(k, keys);
   }
 
-  template <int R>
-  COMPILED_ATTN_INLINE void odd_channel(const T* k, Vec (&sum)[R][NV]) {
+  // The last channel of an odd width, which makes no pair: its partner in `queries` is zero.
+  void add_odd_channel(const T* k, int64_t keys) {
     const float* last = queries + s.width / 2 * W;
-    for (int r = 0; r < R; ++r) {
+    for (int64_t key = 0; key < keys; ++key) {
       float bits = 0.f;
-      std::memcpy(&bits, k + r * s.k[2] + s.width - 1, sizeof(T));
-      for (int j = 0; j < NV; ++j) sum[r][j] = Step::step(vset(bits), vload(last + j * kWidth), sum[r][j]);
+      std::memcpy(&bits, k + key * s.k[2] + s.width - 1, sizeof(T));
+      for (int64_t w = 0; w < W; w += kWidth) {
+        float* at = scores + key * W + w;
+        const Vec product = Step::step(vset(bits), vload(last + w), vset(0.f));
+        vstore(at, vfma(product, vset(s.scale * kLog2e), vload(at)));
+      }
+    }
+  }
+
+  // Adds the bias, hides the keys from `begin` on that lie behind a query, and keeps the greatest score of each lane.
+  void limit(int64_t begin, int64_t keys, bool biased, bool masked) {
+    for (int64_t at = 0; biased && at < keys * W; at += kWidth) {
+      vstore(scores + at, vadd(vload(scores + at), vload(added + at)));
+    }
+    for (int64_t key = 0; masked && key < keys; ++key) {
+      for (int64_t w = 0; w < W; w += kWidth) {
+        float* at = scores + key * W + w;
+        vstore(at, vless(vload(position + w), vset(float(begin + key)), vset(kMinusInfinity), vload(at)));
+      }
+    }
+    for (int64_t key = 0; key < keys; ++key) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) greatest[j] = vmax(vload(scores + key * W + j * kWidth), greatest[j]);
     }
   }
 
   // scores -> probabilities up to the later division (of pairs: [ceil(keys / 2), W]); total, and the factor for sums.
-  COMPILED_ATTN_INLINE void soften(int64_t keys) {
+  __attribute__((noinline)) void soften(int64_t keys) {
     Vec shift[NV];
     Vec part[NV];
     for (int j = 0; j < NV; ++j) {
@@ -301,14 +374,14 @@ class QueryBlock {
   }
 
   // sums [Dv, W] = factor * sums + v^T probabilities.
-  COMPILED_ATTN_INLINE void gather(const T* v, int64_t keys) {
+  __attribute__((noinline)) void gather(const T* v, int64_t keys) {
     int64_t next = s.v[2] * int64_t(sizeof(T));
     const char* columns = reinterpret_cast<const char*>(v);
     if constexpr (kWiden) {
       columns = widen_rows(v, s.v[2], keys, s.value_width, copies);
       next = s.value_width * 4;
     } else if constexpr (Step::kPerStep == 2) {
-      columns = pair_rows(v, keys);
+      columns = pair_rows(v, s.v[2], keys, s.value_width, copies);
       next = s.value_width * 4;
     }
     const int64_t steps = (keys + Step::kPerStep - 1) / Step::kPerStep;
@@ -328,61 +401,10 @@ class QueryBlock {
     });
   }
 
-  // Rows of bfloat16 as rows of float32, packed.
-  static COMPILED_ATTN_INLINE const char* widen_rows(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
-    for (int64_t r = 0; r < rows; ++r) {
-      int64_t d = 0;
-      for (; d + kWidth <= width; d += kWidth) vstore(to + r * width + d, vload(from + r * stride + d));
-      for (; d < width; ++d) to[r * width + d] = to_float(from[r * stride + d]);
-    }
-    return reinterpret_cast<const char*>(to);
-  }
-
-  // The values of each two keys side by side: [ceil(keys / 2), Dv] of pairs.
-  COMPILED_ATTN_INLINE const char* pair_rows(const T* v, int64_t keys) {
-    uint32_t* to = reinterpret_cast<uint32_t*>(copies);
-    for (int64_t key = 0; key < keys; key += 2) {
-      const T* low = v + key * s.v[2];
-      const T* high = low + s.v[2];
-      int64_t d = 0;
-#if defined(COMPILED_ATTN_BF16_DOT)
-      for (; d + kWidth <= s.value_width && key + 1 < keys; d += kWidth) {
-        const __m512i upper = _mm512_castps_si512(vload(high + d));
-        const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(vload(low + d)), 16);
-        _mm512_storeu_si512(to + d, _mm512_or_si512(upper, lower));
-      }
-#endif
-      for (; d < s.value_width; ++d) to[d] = low[d].bits | (key + 1 < keys ? uint32_t(high[d].bits) << 16 : 0u);
-      to += s.value_width;
-    }
-    return reinterpret_cast<const char*>(copies);
-  }
-
-  // out = sums / total, transposed back.
-  COMPILED_ATTN_INLINE void store(T* out, int64_t count) {
-    for (int j = 0; j < NV; ++j) {
-      const int64_t rows = std::min<int64_t>(kWidth, count - j * kWidth);
-      float divisor[kWidth];
-      vstore(divisor, total[j]);
-      for (int i = 0; i < kWidth; ++i) divisor[i] = divisor[i] == 0.f ? 0.f : 1.f / divisor[i];
-      const Vec inverse = vload(divisor);
-      for (int64_t d = 0; d < s.value_width; d += kWidth) {
-        const int64_t channels = std::min<int64_t>(kWidth, s.value_width - d);
-        Vec r[kWidth];
-        for (int i = 0; i < kWidth; ++i) {
-          r[i] = i < channels ? vmul(vload(sums + (d + i) * W + j * kWidth), inverse) : vset(0.f);
-        }
-        vtranspose(r);
-        for (int64_t i = 0; i < rows; ++i) vstore(out + (j * kWidth + i) * s.out[2] + d, r[i], channels);
-      }
-    }
-  }
-
   const AttentionShape& s;
   float *queries, *scores, *sums, *added, *copies;
   Vec greatest[NV], total[NV], factor[NV];
   float before[W], position[W];
-  bool biased = false;
 };
 
 template <class T, int NV>

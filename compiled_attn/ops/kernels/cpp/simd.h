@@ -1,7 +1,7 @@
 // Vectors of float32 for the kernels of this folder: AVX-512, AVX2, or the compiler's own 4-lane vectors (SSE2, NEON).
 //
-// The width is chosen when the translation unit is compiled, by the instruction-set macros. Everything lies in an unnamed
-// namespace, so that two libraries built for different machines can live in one process.
+// The width is chosen when the translation unit is compiled, by the instruction-set macros. Everything lies in an
+// unnamed namespace, so that two libraries built for different machines can live in one process.
 #ifndef COMPILED_ATTN_CPP_SIMD_H
 #define COMPILED_ATTN_CPP_SIMD_H
 
@@ -23,6 +23,14 @@
 #endif
 
 #define COMPILED_ATTN_INLINE inline __attribute__((always_inline))
+// Keeps a loaded vector in a register; the compiler would load it again at each use, as a memory operand.
+#if defined(__x86_64__)
+#define COMPILED_ATTN_KEEP(vector) asm("" : "+v"(vector))
+#elif defined(__aarch64__)
+#define COMPILED_ATTN_KEEP(vector) asm("" : "+w"(vector))
+#else
+#define COMPILED_ATTN_KEEP(vector)
+#endif
 
 namespace compiled_attn_cpp {
 namespace {
@@ -228,7 +236,9 @@ COMPILED_ATTN_INLINE float vsum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #include <arm_neon.h>
 namespace compiled_attn_cpp {
 namespace {
-COMPILED_ATTN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+COMPILED_ATTN_INLINE Vec vfma(Vec a, Vec b, Vec c) {
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 #else
 COMPILED_ATTN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
@@ -263,7 +273,7 @@ COMPILED_ATTN_INLINE void vstore(Bf16* p, Vec v, int64_t n) {
 COMPILED_ATTN_INLINE void vstore(Bf16* p, Vec v) { vstore(p, v, kWidth); }
 #endif
 
-// 2 to the power x for x <= 0: relative error below 1e-7; 0 from kExp2Floor down, minus infinity included; a NaN stays one.
+// 2 to the power x for x <= 0: relative error below 1e-7; 0 from kExp2Floor down; a NaN stays one.
 COMPILED_ATTN_INLINE Vec vexp2(Vec x) {
   x = vmax(vset(kExp2Floor), x);
   const Vec whole = nearest_whole(x);
