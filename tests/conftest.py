@@ -5,6 +5,10 @@ import sys
 import time
 import warnings
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
