@@ -19,6 +19,8 @@ def interpret(name: str, *, profile: str = "quick") -> None:
         "",
         "-p",
         "no:cacheprovider",
+        "-W",
+        "ignore::RuntimeWarning",  # numpy's, on the infinities and NaN that the laws feed it
         f"tests/cross/interpret_{name}.py",
     ]
     env = _environment(TRITON_INTERPRET="1", HYPOTHESIS_PROFILE=profile)
