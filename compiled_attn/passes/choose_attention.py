@@ -3,7 +3,7 @@
     y = scaled_dot_product_attention(q, k, v, m)     ->     y = attention(q, k, v, m, scale=0.125)
 
 A mask of booleans becomes a bias of zeros and minus infinities. What stays SDPA gets a miss with its sentence:
-attention with dropout, grouped heads, or what no template accepts (a CUDA target has SDPA of its own).
+attention with dropout, grouped heads, or what no template accepts. On CUDA, SDPA has fused kernels and stays.
 
 Never changes which keys a query sees, and never touches a graph that is to be trained.
 """
@@ -80,7 +80,7 @@ class ChooseAttention:
 
     def run(self, program: Program, target: Target, notes: Notes) -> Program:
         found = [n for n in program.graph.nodes if n.op == "call_function" and n.target is SDPA]
-        if not found or program.mode != "inference":
+        if not found or program.mode != "inference" or target.kind != "cpu":
             return program
         edit = program.edit()
         changed = False
