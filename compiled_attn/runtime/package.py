@@ -73,9 +73,8 @@ def facts_of(members: Mapping[str, memoryview], where: str) -> PackageFacts:
     source = bytes(model[wrappers[0]]).decode("utf-8", "replace")
     metadata_name = wrappers[0].removesuffix(".cpp") + "_metadata.json"
     try:
-        metadata = json.loads(bytes(model.get(metadata_name, b"")))
-        metadata = {str(k): str(v) for k, v in metadata.items()}
-    except (ValueError, AttributeError, RecursionError):
+        metadata = _flat_record(bytes(model.get(metadata_name, b"")))
+    except (ValueError, RecursionError):
         raise ContractError(
             "the package's metadata can not be read",
             where=f"{where}, member {metadata_name}",
@@ -90,6 +89,20 @@ def facts_of(members: Mapping[str, memoryview], where: str) -> PackageFacts:
         specs={which: text for which, text in _SPEC.findall(source)},
         library=model[libraries[0]],
     )
+
+
+def _flat_record(data: bytes) -> dict[str, str]:
+    """A JSON record of texts, in ASCII, each key once. Raises ValueError."""
+
+    def record(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key comes twice")
+        return dict(pairs)
+
+    found = json.loads(data.decode("ascii"), object_pairs_hook=record)
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError("no record of texts")
+    return found
 
 
 def _input_facts(source: str) -> dict[int, InputFacts]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rich_inputs
+from artifact_models import rich_inputs
 from damage import AT_LOADING, DAMAGES, forged, set_at
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -54,7 +54,8 @@ def both(model, artifact, args, kwargs):
 
 def agree(model, artifact, args, kwargs):
     eager, ours = both(model, artifact, args, kwargs)
-    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+    # the state adds up to 80 numbers of about 3: their sum rounds by up to 80 * 3 * 2**-23
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=3e-5)
 
 
 def is_worded(error, where):
@@ -174,12 +175,13 @@ FORMS = {
     "strided": lambda t: torch.stack([t, t], -1).select(-1, 1),
     "offset": lambda t: torch.cat([t, t])[t.shape[0] :] if t.dim() else t,
 }
+RIGHT_DTYPES = (torch.float32, torch.bool, torch.bfloat16, torch.float32)
 X_DTYPES = [torch.float32] * 4 + [torch.float64, torch.float16, torch.int64, torch.bool]
 
 
 @st.composite
 def specs(draw):
-    """Shape, dtype and memory form of x, extra.mask, extra.half and pair, mostly near what the contract wants."""
+    """A seed; shape, dtype and memory form of x, extra.mask, extra.half and pair, mostly near what is wanted."""
     batch = draw(st.integers(0, 18))
     wanted = [(batch, 5), (batch, 3), (batch, 2), (2 * batch, 4)]
     dtypes = [draw(st.sampled_from(X_DTYPES)), torch.bool, torch.bfloat16, torch.float32]
@@ -196,19 +198,19 @@ def specs(draw):
         else:
             dtypes[at] = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.bool, torch.uint8]))
         wanted[at] = tuple(shape)
-    return tuple(
-        (shape, dtype, draw(st.sampled_from(sorted(FORMS)))) for shape, dtype in zip(wanted, dtypes, strict=True)
-    )
+    forms = [draw(st.sampled_from(sorted(FORMS))) for _ in wanted]
+    return draw(st.integers(0, 999)), tuple(zip(wanted, dtypes, forms, strict=True))
 
 
 def _right(specs):
     shapes = [s for s, _, _ in specs]
     batch = shapes[0][0] if shapes[0] else 0
     fits = shapes == [(batch, 5), (batch, 3), (batch, 2), (2 * batch, 4)] and 1 <= batch <= 16
-    return fits and [d for _, d, _ in specs] == [torch.float32, torch.bool, torch.bfloat16, torch.float32]
+    return fits and tuple(d for _, d, _ in specs) == RIGHT_DTYPES
 
 
-def right_numbers_or_an_error(rich, loaded, drawn):
+def right_numbers_or_an_error(rich, loaded, seed, drawn):
+    torch.manual_seed(seed)
     x, mask, half, pair = (FORMS[form](torch.randn(shape).mul(3).to(dtype)) for shape, dtype, form in drawn)
     args, kwargs = (x, {"mask": mask, "half": half}, pair, torch.randn(2, 3)), {"flag": 3}
     if _right(drawn):
@@ -221,17 +223,16 @@ def right_numbers_or_an_error(rich, loaded, drawn):
 
 
 @given(specs())
-@example((((1, 5), torch.float32, "strided"), ((1, 3), torch.bool, "plain"), ((1, 2), torch.bfloat16, "offset"),
-          ((2, 4), torch.float32, "transposed")))  # fmt: skip
+@example((0, tuple(zip(((1, 5), (1, 3), (1, 2), (2, 4)), RIGHT_DTYPES, sorted(FORMS), strict=True))))
 def test_any_input_gives_the_right_numbers_or_a_named_error(rich, loaded, drawn):
-    right_numbers_or_an_error(rich, loaded, drawn)
+    right_numbers_or_an_error(rich, loaded, *drawn)
 
 
 @pytest.mark.deep
 @settings(max_examples=4000)
 @given(specs())
 def test_thousands_of_inputs_give_the_right_numbers_or_a_named_error(rich, loaded, drawn):
-    right_numbers_or_an_error(rich, loaded, drawn)
+    right_numbers_or_an_error(rich, loaded, *drawn)
 
 
 @pytest.mark.usefixtures("nothing_opens")

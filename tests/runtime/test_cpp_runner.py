@@ -3,12 +3,13 @@
 import copy
 import os
 import subprocess
+from random import Random
 
 import numpy as np
 import pytest
 import torch
-from conftest import rich_inputs
-from damage import AT_LOADING, DAMAGES, forged, sealed, set_at
+from artifact_models import rich_inputs
+from damage import AT_LOADING, DAMAGES, forged, parts, sealed, set_at
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -270,6 +271,49 @@ def test_python_and_cpp_agree_on_thousands_of_mangled_contracts(rich, runner, tm
     agree_on_mangled_text(rich, runner, tmp_path, edits)
 
 
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """The checker, built so that any read outside its data, overflow or undefined shift ends it."""
+    path = tmp_path_factory.mktemp("sanitized") / "check"
+    flags = ["-std=c++20", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = ["archive", "check", "contract", "expr", "json", "package", "sha256", "verify"]
+    subprocess.run(["c++", *flags, *(str(cpp.SOURCE / f"{s}.cpp") for s in sources), "-o", str(path)], check=True)
+    return path
+
+
+def _mangled(random, data):
+    """A few random edits near a random place."""
+    changed = bytearray(data)
+    at = random.randrange(len(changed) + 1)
+    for _ in range(random.randint(1, 4)):
+        near = min(max(at + random.randint(-40, 40), 0), len(changed))
+        patch = random.choice(
+            [b"", b"0", b"-", b"9" * 20, b"{", b"]", b'"', b"\\", b"\0", b"\xff", random.randbytes(3)]
+        )
+        changed[near : near + random.choice([0, 1, 2, 9])] = patch
+    return bytes(changed)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("seed", range(6))
+def test_the_cpp_reader_survives_mangled_files_under_sanitizers_and_agrees(rich, sanitized, tmp_path, seed):
+    random = Random(seed)
+    stated, members = parts(rich.data)
+    library = next(n for n in members if n.endswith(".so"))
+    specs = b"".join(stated["call"][k].encode() for k in ("in_tree", "out_tree"))
+    small = {n: specs if n == library else b for n, b in members.items()}
+    wrapper = next(n for n in members if b"AOTInductorModelBase(" in members[n])
+    metadata = wrapper.removesuffix(".cpp") + "_metadata.json"
+    whole = sealed(stated, small)
+    cases = []
+    for _ in range(60):
+        cases.append(_mangled(random, whole))
+        cases.append(_sealed_text(_mangled(random, contract.canonical(stated))))
+        part = random.choice([wrapper, metadata])
+        cases.append(sealed(stated, {**small, part: _mangled(random, small[part])}))
+    same_answer(sanitized, tmp_path, whole, [whole, *cases])
+
+
 def test_python_and_cpp_agree_on_contracts_with_a_field_out_of_form(rich, runner, tmp_path):
     from test_contract import BAD_FIELDS
 
@@ -352,8 +396,6 @@ def test_no_private_copy_is_left_behind(fixed, runner, tmp_path):
 
 
 def test_a_sealed_copy_of_the_same_members_is_the_same_file(rich):
-    from damage import parts
-
     assert sealed(*parts(rich.data)) == rich.data
 
 

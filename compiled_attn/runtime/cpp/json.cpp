@@ -182,7 +182,7 @@ class Parser {
       if (at_ >= text_.size()) throw JsonError("is no JSON (it ends in a string)");
       unsigned char c = static_cast<unsigned char>(text_[at_++]);
       if (c == '"') return out;
-      if (c < 0x20 || (canonical_ && c >= 0x80)) throw JsonError("is no JSON (at byte " + std::to_string(at_ - 1) + ")");
+      if (c < 0x20 || c >= 0x80) throw JsonError("is no JSON (at byte " + std::to_string(at_ - 1) + ")");
       if (c != '\\') {
         out += char(c);
         continue;

@@ -1,4 +1,5 @@
-// A small JSON reader. Canonical form (contracts): sorted keys, each once, no spaces, ASCII; free form: metadata files.
+// A small JSON reader, of ASCII with each key once. Canonical form (contracts): also sorted keys, no spaces, numbers and
+// texts spelled as Python's json does; free form: metadata files.
 #pragma once
 
 #include <cstdint>

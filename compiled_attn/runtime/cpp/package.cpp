@@ -151,7 +151,10 @@ Facts facts_of(const Archive& archive, const std::string& where) {
   try {
     Json value = parse_json(metadata, false);
     if (value.kind != Json::Kind::object) throw JsonError("is no record");
-    for (const auto& [key, field] : value.fields) facts.metadata[key] = field.text;
+    for (const auto& [key, field] : value.fields) {
+      if (field.kind != Json::Kind::string) throw JsonError("holds something else than text");
+      facts.metadata[key] = field.text;
+    }
   } catch (const JsonError&) {
     throw ContractError(
         "the package's metadata can not be read",
