@@ -501,7 +501,7 @@ def symbolic_fakes(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     def fake(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * value.dim())
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * value.dim())
         return mode.from_tensor(value, symbolic_context=context)
 
     return shape_env, tuple(fake(a) for a in args)
@@ -545,3 +545,25 @@ def fix_dynamo_floats(module: fx.GraphModule) -> None:
             fresh = True
     if fresh:
         raise TensorifyScalarRestartAnalysis
+
+
+def settled(value: Any) -> Any:
+    """A fake tensor whose sizes that its ShapeEnv has pinned to one number are that number; others as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    pinned = [isinstance(n, torch.SymInt) and n.node.maybe_as_int() is not None for n in value.shape]
+    if not any(pinned):
+        return value
+
+    def number(size: Any) -> Any:
+        known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+        return size if known is None else known
+
+    with value.fake_mode:
+        return torch.empty_strided(
+            [number(n) for n in value.shape],
+            [number(n) for n in value.stride()],
+            dtype=value.dtype,
+            device=value.device,
+            requires_grad=value.requires_grad,
+        )
