@@ -6,7 +6,7 @@ entries. After a reorganization the patches of that axis are fewer, so
 
     view(x, [b, 197, 3, 6, 64])   ->  view(x, [b, 140, 3, 6, 64])          sizes follow the axis
     slice(x, 1, 1, 197)           ->  slice(x, 1, 1, end)                  the fixed entries stay where they are
-    add(scores, bias[1, H, N, N]) ->  add(scores, gather(bias by the kept patches))    a table is gathered with the tokens
+    add(scores, bias[1, H, N, N]) ->  add(scores, gather(bias, kept patches))    a table is gathered with the tokens
 
 A table is any value indexed by token that was not reorganized itself: a bias, a mask, a rotary table, positions. The
 fused token stands for no position, so a table gets a neutral entry for it: 0 where it is added, True in a boolean
@@ -122,6 +122,10 @@ def quotient(a: Size, b: Size) -> Size | None:
     return int(found) if found.is_Integer else found
 
 
+def is_size(value: Any) -> bool:
+    return isinstance(value, (int, sympy.Expr)) or (isinstance(value, float) and value.is_integer())
+
+
 def product(sizes: list[Size]) -> Size:
     out: Size = 1
     for size in sizes:
@@ -130,7 +134,7 @@ def product(sizes: list[Size]) -> Size:
 
 
 class Follow:
-    """Tags of the values of a draft, in the order of its graph. `visit` each node once, then `begin_stage` where chosen.
+    """Tags of the values of a draft, in the order of its graph. `visit` each node once.
 
     data: nodes whose numbers depend on the inputs that the tokens are made of.
     """
@@ -143,6 +147,7 @@ class Follow:
         self.origin: fx.Node | None = None
         self.gathered: dict[Any, fx.Node] = {}
         self.numbers = Numbers()
+        self.summed: dict[fx.Node, Size] = {}  # sums over tokens that were reorganized -> how many tokens it was before
         self._roles: dict[int, float] | None = None
 
     def seed(self, node: fx.Node, axis: int, tokens: Tokens) -> None:
@@ -174,6 +179,7 @@ class Follow:
             return
         stage = max((self.stage_of(a) for a in node.all_input_nodes), default=-1)
         if stage < 0:
+            self._check_count(node)
             return
         try:
             found = self._rule(node)
@@ -322,6 +328,16 @@ class Follow:
         with self.graph.inserting_before(node):
             return self.edit.call(operator.add, (value, extra), like=node)
 
+    def _check_count(self, node: fx.Node) -> None:
+        """Refuses a sum over tokens that is then scaled by the old number of tokens."""
+        for count in [self.summed[a] for a in node.all_input_nodes if a in self.summed]:
+            for value in node.args:
+                if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.SymInt):
+                    value = _torch.expression(value.meta["val"])
+                written = isinstance(value, (int, float)) and isinstance(count, int)
+                if (written and abs(value * count - 1) < 1e-9) or (is_size(value) and same(value, count)):
+                    raise Lost(node, f"it scales a sum over tokens by their old number, {count}")
+
     def _follows(self, table: fx.Node, d: int, tokens: Tokens) -> bool:
         own = self.of(table)
         return own is not None and tokens_in(own[d]) == tokens
@@ -451,7 +467,8 @@ class Numbers:
         random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
         if node.op != "call_function" or random:
             return ("node", node.name)
-        args = fx.node.map_arg((node.args, node.kwargs), lambda n: _Number(self.memo[n]))
+        number: Any = lambda n: _Number(self.memo[n])  # noqa: E731
+        args = fx.node.map_arg((node.args, node.kwargs), number)
         return (target, str(pytree.tree_flatten(args)))
 
 

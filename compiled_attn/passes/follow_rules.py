@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,10 +101,9 @@ def pointwise(f: Follow, node: fx.Node) -> Tags:
     out = merge(f, node, [node.args[i] for i in at], rank)
     for i in at:
         table: Any = node.args[i]
-        brought = f.bring(node, table, out, lambda i=i, table=table: neutral_entry(f, node, i, table))
+        brought = f.bring(node, table, out, partial(neutral_entry, f, node, i, table))
         if brought is not table:
             node.update_arg(i, brought)
-    check_count(f, node)
     return out
 
 
@@ -160,17 +160,6 @@ def neutral_entry(f: Follow, node: fx.Node, position: int, table: fx.Node) -> An
         if len(kept) == 1:
             return kept == [1]
     raise Lost(node, f"the fused token has no stated entry in {table}, a table indexed by token")
-
-
-def check_count(f: Follow, node: fx.Node) -> None:
-    """Refuses a sum over tokens that is then divided by the old number of tokens, written as a number."""
-    for operand in node.all_input_nodes:
-        reduced: Any = operand.meta.get("tokens_summed")
-        if reduced is None:
-            continue
-        for value in node.args:
-            if isinstance(value, (int, float)) and (value == reduced or abs(value * reduced - 1) < 1e-9):
-                raise Lost(node, f"it scales a sum over tokens by their old number, {reduced}")
 
 
 # Shape
@@ -290,8 +279,8 @@ def view_as_complex(f: Follow, node: fx.Node) -> Tags:
 # Taking apart and putting together
 
 
-def span(f: Follow, node: fx.Node, dim: Dim, start: Any, end: Any) -> tuple[Dim, int, int]:
-    """The part [start, end) of a token axis: its tags, and start and end as arguments that stay right when it shrinks."""
+def span(node: fx.Node, dim: Dim, start: Any, end: Any) -> tuple[Dim, int, int]:
+    """The part [start, end) of a token axis: its tags, and start and end as arguments that stay right as it shrinks."""
     tokens = tokens_in(dim)
     if tokens is None or len(dim) != 1:
         raise Lost(node, "it cuts a dimension in which tokens and others are merged")
@@ -335,7 +324,7 @@ def slice_(f: Follow, node: fx.Node) -> Tags:
         return tuple(tags)
     if step != 1:
         raise Lost(node, f"it takes every {step}th token")
-    tags[d], start, end = span(f, node, tags[d], start, end)
+    tags[d], start, end = span(node, tags[d], start, end)
     node.args = (node.args[0], d, start, end)
     node.kwargs = {}
     return tuple(tags)
@@ -371,7 +360,7 @@ def pieces(f: Follow, node: fx.Node) -> list[Tags | None]:
     for i, out in enumerate(outs):
         size = _torch.expression(out.shape[d])
         last = i == len(outs) - 1
-        piece = span(f, node, tags[d], begin, END if last else begin + size)[0]
+        piece = span(node, tags[d], begin, END if last else begin + size)[0]
         found.append(tuple([*tags[:d], piece, *tags[d + 1 :]]))
         if latest((piece,)) > 0:
             new[i] = f.size_argument(node, piece)
@@ -406,7 +395,7 @@ def cat(f: Follow, node: fx.Node) -> Tags:
     wanted = [plain(1) if d == along else dim for d, dim in enumerate(out)]
     if latest(tuple(wanted)) > 0:
         operands = [
-            f.bring(node, o, tuple(wanted), lambda o=o: no_entry(node, o)) if tokens_apart(f, o, wanted, along) else o
+            f.bring(node, o, tuple(wanted), partial(no_entry, node, o)) if tokens_apart(f, o, wanted, along) else o
             for o in operands
         ]
         node.update_arg(0, operands)
@@ -433,7 +422,7 @@ def stack(f: Follow, node: fx.Node) -> Tags:
     rank = len(f.shape(operands[0]))
     out = list(merge(f, node, operands, rank))
     if latest(tuple(out)) > 0:
-        brought = [f.bring(node, o, tuple(out), lambda o=o: no_entry(node, o)) for o in operands]
+        brought = [f.bring(node, o, tuple(out), partial(no_entry, node, o)) for o in operands]
         node.update_arg(0, brought)
     out.insert(dimension(argument(node, 1, "dim", 0), rank + 1), plain(len(operands)))
     return tuple(out)
@@ -471,7 +460,7 @@ def reduction(f: Follow, node: fx.Node) -> Tags:
     if name == "sum":
         counts = [product([p.size for p in tags[d]]) for d in dims if latest((tags[d],)) > 0]
         if counts:
-            node.meta["tokens_summed"] = product(counts)
+            f.summed[node] = product(counts)
     return tuple(plain(1) if d in dims else t for d, t in enumerate(tags) if keep or d not in dims)
 
 
@@ -540,7 +529,7 @@ def einsum(f: Follow, node: fx.Node) -> Tags:
 
 
 def attention(f: Follow, node: fx.Node) -> Any:
-    """q [..., N, D], k and v [..., M, D], mask broadcastable to [..., N, M]: the mask is gathered in both token axes."""
+    """q [..., N, D], k and v [..., M, D], mask broadcastable to [..., N, M], which is gathered in both token axes."""
     q, k, v = node.args[:3]
     queries, keys, values = (tags_of(f, x) for x in (q, k, v))
     no_tokens(node, (queries[-1], keys[-1], values[-1]), "tokens stand where the features belong")
@@ -568,11 +557,10 @@ def token_count(f: Follow, node: fx.Node) -> None:
     tokens = tokens_in(dim)
     if tokens is None or tokens.stage == 0:
         return
-    source, axis = f.origin, 0
-    for axis, own in enumerate(f.of(source) or ()):
-        if tokens_in(own):
-            break
-    first = tokens_in((f.of(source) or ())[axis])
+    source = f.origin
+    own = f.of(source) or ()
+    axis = next((i for i, d in enumerate(own) if tokens_in(d) is not None), 0)
+    first = tokens_in(own[axis]) if own else None
     if len(dim) != 1 or source is None or first is None:
         raise Lost(node, "it asks for the size of a dimension in which tokens and others are merged")
     extra = tokens.before + tokens.after - first.before - first.after

@@ -1,4 +1,4 @@
-"""Keeps, behind some attention blocks, the patches that the class token attends to, and fuses the others into one token.
+"""Keeps, behind some attention blocks, the patches that the class token attends to, and fuses the rest into one token.
 
     x1 = add(x, attention(q, k, v))                a, row = attention_with_class_row(q, k, v)
     y  = add(x1, mlp(norm(x1)))              ->    x1, kept = select_tokens(add(x, a), row[:, prefix:], K, fuse=True)
@@ -9,7 +9,7 @@ section 3, on any captured Vision Transformer: no class is swapped, no weight is
 through the rest of the graph (follow.py), and whatever is indexed by token, a relative bias, a mask, a rotary table,
 positions, is gathered per picture; the fused token has bias 0, is never masked, and is not rotated.
 
-Never does: change a program in which anything downstream can not be followed. It raises a PassError that names the node.
+Never does: change a program in which anything downstream can not be followed. A PassError then names the node.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class ReorganizeTokens:
         if trunk is None:
             raise PassError(
                 f"{self.name} finds no self-attention over tokens [B, N, C] in this program",
-                facts="it looks for scaled_dot_product_attention whose queries, keys and values are made of one residual "
-                "stream of tokens; windows, maps of rows and columns, and attention that was not raised are none",
+                facts="it looks for scaled_dot_product_attention whose queries, keys and values are made of one "
+                "residual stream of tokens; windows, maps of rows and columns, and attention not raised are none",
                 do="run raise-attention before, and read its misses",
             )
         count = len(trunk.blocks)
@@ -154,7 +154,8 @@ class ReorganizeTokens:
                 where=place(trunk.blocks[0].before),
                 facts='score="class" ranks patches by the attention of the first token, and every token in front '
                 "depends on the picture",
-                do='choose score="mean-query", "key-norm" or "token-norm", or say how many tokens stand in front (prefix=)',
+                do='choose score="mean-query", "key-norm" or "token-norm", or say how many tokens stand in front '
+                "(prefix=)",
             )
         return trunk
 

@@ -16,8 +16,34 @@ if TYPE_CHECKING:
     from compiled_attn.passes.follow import Follow
 
 REARRANGE = frozenset(
-    "view reshape _unsafe_view slice select split split_with_sizes chunk unbind cat stack unsqueeze squeeze expand "
-    "transpose permute clone contiguous flip roll _to_copy to type_as alias detach repeat".split()
+    (
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "cat",
+        "stack",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "transpose",
+        "permute",
+        "clone",
+        "contiguous",
+        "flip",
+        "roll",
+        "_to_copy",
+        "to",
+        "type_as",
+        "alias",
+        "detach",
+        "repeat",
+    )
 )
 
 

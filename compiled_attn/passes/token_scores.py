@@ -1,4 +1,4 @@
-"""How patches are ranked: one number per patch and picture, float32 [B, n], computed beside an attention or behind it."""
+"""How patches are ranked: one number per patch and picture, [B, n], computed beside an attention or behind it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def patches_of(here: Cursor, row: fx.Node, tokens: Tokens) -> fx.Node:
 def heads_first(follow: Follow, here: Cursor, node: fx.Node) -> tuple[Any, Any, Any, Any, float]:
     """q, k, v [B, H, N, D], bias or None and scale of a scaled_dot_product_attention, [B*H, N, D] taken apart."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     q, k, v, bias = (given.get(n) for n in names[:4])
     for option in ("dropout_p", "is_causal", "enable_gqa"):
         if given.get(option):

@@ -46,7 +46,7 @@ class Trunk:
 
 
 def find_trunk(program: Program, graph: fx.Graph, edit: Any, prefix: int | None) -> Trunk | None:
-    """The longest trunk of `graph`; None where no attention block is found. prefix: rows in front, instead of finding."""
+    """The longest trunk of `graph`; None where no attention is found. prefix: rows in front, instead of finding."""
     open_ = [b for n in graph.nodes if n.op == "call_function" and n.target in ATTENTION and (b := block_of(n))]
     best: Trunk | None = None
     data = depends(graph, user_inputs(program, graph))
@@ -133,22 +133,23 @@ def _runs(node: fx.Node, axis: int, data: set[fx.Node]) -> list[tuple[Any, bool]
         return [(size, False)]
     name = name_of(node)
     rank = node.meta["val"].dim()
+    args: Any = node.args
     if name == "cat":
-        along = (node.args[1] if len(node.args) > 1 else 0) % rank  # type: ignore[operator]
+        along = (args[1] if len(args) > 1 else 0) % rank
         if along == axis:
-            return [run for part in node.args[0] for run in _runs(part, axis, data)]  # type: ignore[union-attr]
+            return [run for part in args[0] for run in _runs(part, axis, data)]
         return whole
     if name == "slice":
-        along = (node.args[1] if len(node.args) > 1 else 0) % rank  # type: ignore[operator]
-        inner = _runs(node.args[0], axis, data)  # type: ignore[arg-type]
+        along = (args[1] if len(args) > 1 else 0) % rank
+        inner = _runs(args[0], axis, data)
         return inner if along != axis else _cut(node, inner, size)
     if name in ("transpose", "permute"):
-        source: Any = node.args[0]
+        source: Any = args[0]
         order = list(range(rank))
         if name == "permute":
-            order = [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+            order = [d % rank for d in args[1]]
         else:
-            a, b = (d % rank for d in node.args[1:3])  # type: ignore[operator]
+            a, b = (d % rank for d in args[1:3])
             order[a], order[b] = order[b], order[a]
         return _runs(source, order[axis], data)
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())

@@ -230,7 +230,7 @@ def masked(model, pictures, *, keep_rate=0.7, at=(3, 6, 9), prefix=1):
     real = F.scaled_dot_product_attention
     state = {"block": 0, "gone": None}
 
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    def attention(q, k, v, attn_mask=None, scale=None, **_):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         scores = q @ k.transpose(-2, -1) * scale
         if attn_mask is not None and attn_mask.dtype == torch.bool:
