@@ -567,3 +567,17 @@ def settled(value: Any) -> Any:
             device=value.device,
             requires_grad=value.requires_grad,
         )
+
+
+def cpp_function(source: str) -> Callable[..., None]:
+    """`kernel` of a C++ source with C linkage, compiled as Inductor compiles its own; ints are passed as 64-bit."""
+    import ctypes
+
+    from torch._inductor.codecache import CppCodeCache
+
+    function = CppCodeCache.load(source).kernel
+
+    def call(*arguments: int) -> None:
+        function(*(ctypes.c_int64(a) for a in arguments))
+
+    return call

@@ -55,6 +55,8 @@ def from_dynamo(module: fx.GraphModule, example_inputs: list[Any]) -> Program:
     graph = traced.graph
     for node in graph.nodes:
         node.meta.setdefault("nn_module_stack", {})  # Dynamo leaves it out at the top level
+        if node.op == "placeholder":
+            node.meta["val"] = _torch.settled(node.meta["val"])  # what tracing pinned, no pass did
     output = next(n for n in graph.nodes if n.op == "output")
     values = list(output.args[0])
     if any(_views_of(v, set(values[: len(mutated)])) for v in values[len(mutated) :]):

@@ -139,6 +139,19 @@ def test_floats_that_modules_hold_are_constants_and_those_given_stay_inputs():
     assert any(value.dtype == torch.float64 for value in tensors(program))
 
 
+def test_a_size_that_the_model_pins_is_no_fault_of_a_pass():
+    conv = torch.nn.Conv2d(3, 4, 2, 2)
+    with torch.no_grad():
+        fast = torch.compile(conv, backend="compiled_attn", dynamic=True)
+        for batch in (2, 3):
+            x = torch.randn(batch, 3, 8, 8)
+            assert worst(fast(x), conv(x)) < TOLERANCE
+    (report,) = dynamo.reports()
+    assert report.program is not None
+    kinds = [[type(n) for n in t.shape[:2]] for t in tensors(report.program)]
+    assert [torch.SymInt, int] in kinds
+
+
 def test_in_place_ops_on_intermediates_leave_a_functional_program():
     def double(x):
         y = x + 1
