@@ -17,18 +17,19 @@ The rules by op are in follow_rules.py.
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sympy
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from compiled_attn.ir import _torch
 from compiled_attn.ir.program import Edit
+from compiled_attn.passes.value_numbers import Numbers
 
 aten = torch.ops.aten
 Size = Any  # an int, or a sympy expression where the size is symbolic
@@ -323,8 +324,6 @@ class Follow:
             return value + extra
         if extra == 0:
             return value
-        import operator
-
         with self.graph.inserting_before(node):
             return self.edit.call(operator.add, (value, extra), like=node)
 
@@ -425,19 +424,14 @@ class Follow:
         The fused token's position is the length of that axis, where tables get one more entry.
         """
         if before not in stage.index:
-            like = stage.tokens
             value = stage.positions
-            with self.graph.inserting_after(stage.anchor):
-                if before:
-                    device = value.meta["val"].device
-                    front = self._after(stage, aten.arange.default, (before,), {"device": device})
-                    front = self._after(stage, aten.unsqueeze.default, (front, 0))
-                    stage_count = self._after_batch(stage)
-                    front = self._after(stage, aten.expand.default, (front, [stage_count, -1]))
-                    moved = self._after(stage, aten.add.Tensor, (value, before))
-                    value = self._after(stage, aten.cat.default, ([front, moved], 1))
+            if before:
+                front = self._after(stage, aten.arange.default, (before,), {"device": value.meta["val"].device})
+                front = self._after(stage, aten.unsqueeze.default, (front, 0))
+                front = self._after(stage, aten.expand.default, (front, [self._count_after(stage), -1]))
+                moved = self._after(stage, aten.add.Tensor, (value, before))
+                value = self._after(stage, aten.cat.default, ([front, moved], 1))
             stage.index[before] = value
-            del like
         return stage.index[before]
 
     def _after(self, stage: Stage, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
@@ -445,48 +439,6 @@ class Follow:
             stage.anchor = self.edit.call(target, args, kwargs, like=stage.tokens)
         return stage.anchor
 
-    def _after_batch(self, stage: Stage) -> int | fx.Node:
+    def _count_after(self, stage: Stage) -> int | fx.Node:
         size = stage.tokens.meta["val"].shape[0]
         return self._after(stage, aten.sym_size.int, (stage.tokens, 0)) if _torch.is_symbolic(size) else int(size)
-
-
-class Numbers:
-    """Value numbers: two nodes that compute the same from the same have the same number."""
-
-    def __init__(self) -> None:
-        self.table: dict[Any, int] = {}
-        self.memo: dict[fx.Node, int] = {}
-
-    def __call__(self, node: fx.Node) -> int:
-        for current in _in_order(node, self.memo):
-            self.memo[current] = self.table.setdefault(self._key(current), len(self.table))
-        return self.memo[node]
-
-    def _key(self, node: fx.Node) -> Any:
-        target: Any = node.target
-        random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-        if node.op != "call_function" or random:
-            return ("node", node.name)
-        number: Any = lambda n: _Number(self.memo[n])  # noqa: E731
-        args = fx.node.map_arg((node.args, node.kwargs), number)
-        return (target, str(pytree.tree_flatten(args)))
-
-
-@dataclass(frozen=True)
-class _Number:
-    value: int
-
-
-def _in_order(node: fx.Node, known: dict[fx.Node, int]) -> Iterator[fx.Node]:
-    """The nodes that `node` is computed from and that are not in `known`, arguments first."""
-    stack, done = [(node, False)], set(known)
-    while stack:
-        current, ready = stack.pop()
-        if current in done:
-            continue
-        if ready or not current.all_input_nodes:
-            done.add(current)
-            yield current
-        else:
-            stack.append((current, True))
-            stack.extend((a, False) for a in current.all_input_nodes)

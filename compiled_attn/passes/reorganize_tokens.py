@@ -275,7 +275,7 @@ def with_kept_patches(program: Program) -> Program:
             )
         here = Cursor(edit, node)
         index = here(operator.getitem, node, 1)
-        count = here.size(node.args[1], 1) if count is None else count  # type: ignore[arg-type]
+        count = here.size(node.args[1], 1) if count is None else count
         fused = bool(node.kwargs.get("fuse", False))
         positions = compose(here, positions, index, count if fused else None)
         own = here(aten.slice.Tensor, positions, 1, 0, -1) if fused else positions
@@ -286,7 +286,7 @@ def with_kept_patches(program: Program) -> Program:
 def _with_outputs(program: Program, edit: Edit, extra: list[fx.Node]) -> Program:
     """The draft's program with a list of tensors as a second output."""
     output = next(n for n in edit.graph.nodes if n.op == "output")
-    output.args = ((*output.args[0], *extra),)  # type: ignore[misc]
+    output.args = ((*output.args[0], *extra),)
     arguments = [TensorArgument(n.name) for n in extra]
     specs = [OutputSpec(OutputKind.USER_OUTPUT, a, None) for a in arguments]
     entry = program.call_graph[0]

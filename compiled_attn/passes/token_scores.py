@@ -72,7 +72,7 @@ def heads_first(follow: Follow, here: Cursor, node: fx.Node) -> tuple[Any, Any, 
     """q, k, v [B, H, N, D], bias or None and scale of a scaled_dot_product_attention, [B*H, N, D] taken apart."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    q, k, v, bias = (given.get(n) for n in names[:4])
+    q, k, v, bias = given["query"], given["key"], given["value"], given.get("attn_mask")
     for option in ("dropout_p", "is_causal", "enable_gqa"):
         if given.get(option):
             raise Lost(node, f"tokens can not be ranked by an attention with {option}={given[option]}")
