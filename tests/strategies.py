@@ -6,11 +6,13 @@ A spec's `tensors()` makes the inputs. Memory around them is filled with NaN, so
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+
+from compiled_attn.ops.linear import ACTIVATIONS, pack
 
 LAYOUTS = ("heads first", "tokens first", "fused", "gapped")
 BIASES = (None, "full", "heads", "keys", "queries", "tokens first", "masked", "blind")
@@ -156,6 +158,48 @@ def select_specs(draw: st.DrawFn) -> SelectSpec:
 
 
 @dataclass(frozen=True)
+class LinearSpec:
+    """One call of packed_linear: x [M, K], a weight [N, K] packed in blocks of `columns`."""
+
+    rows: int = 5
+    inner: int = 6
+    outer: int = 10
+    columns: int = 8
+    bias: bool = True
+    residual: bool = True
+    activation: str = "none"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def weight(self) -> torch.Tensor:
+        """The weight [N, K] before it is packed."""
+        return torch.randn(self.outer, self.inner, generator=torch.Generator().manual_seed(self.seed)).to(self.dtype)
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """x, the packed weight, the bias and the residual."""
+        random = torch.Generator().manual_seed(self.seed + 1)
+        x = torch.randn(self.rows, self.inner, generator=random).to(self.dtype)
+        bias = torch.randn(self.outer, generator=random).to(self.dtype) if self.bias else None
+        residual = torch.randn(self.rows, self.outer, generator=random).to(self.dtype) if self.residual else None
+        return x, pack(self.weight(), self.columns), bias, residual
+
+
+@st.composite
+def linear_specs(draw: st.DrawFn) -> LinearSpec:
+    """Ragged sizes; K even, as pairs of bfloat16 want it. `columns` is left to the test, which knows the lanes."""
+    return LinearSpec(
+        rows=draw(st.integers(1, 40)),
+        inner=2 * draw(st.integers(1, 60)),
+        outer=draw(st.integers(1, 150)),
+        bias=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))),
+        seed=draw(st.integers(0, 9)),
+    )
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Arguments of one call of an op. make: dtype -> positional arguments."""
 
@@ -170,6 +214,14 @@ def _attention_inputs(spec: AttentionSpec, **kwargs: Any) -> Inputs:
         return q.to(dtype), k.to(dtype), v.to(dtype), None if bias is None else bias.to(dtype)
 
     return Inputs(f"bias {spec.bias}, {kwargs}", make, {"scale": spec.scale, **kwargs})
+
+
+def _linear_inputs(spec: LinearSpec) -> Inputs:
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        return replace(spec, dtype=dtype).tensors()
+
+    options = {"outer": spec.outer, "activation": spec.activation}
+    return Inputs(f"bias {spec.bias}, residual {spec.residual}, {options}", make, options)
 
 
 def _select_inputs(spec: SelectSpec) -> Inputs:
@@ -197,7 +249,19 @@ INPUTS: dict[str, list[Inputs]] = {
         _select_inputs(SelectSpec(fuse=True, prefix=2)),
         _select_inputs(SelectSpec(keep=9, fuse=True, scores="ties")),
     ],
+    "packed_linear": [
+        _linear_inputs(LinearSpec()),
+        _linear_inputs(LinearSpec(residual=False, activation="gelu")),
+        _linear_inputs(LinearSpec(bias=False, residual=False, activation="relu", outer=16)),
+        _linear_inputs(LinearSpec(activation="silu", columns=4)),
+        _linear_inputs(LinearSpec(activation="gelu_tanh")),
+    ],
 }
+
+
+def _bad_linear(**changed: Any) -> dict[str, Any]:
+    x, packed, bias, residual = LinearSpec().tensors()
+    return {"x": x, "packed": packed, "bias": bias, "residual": residual, "outer": 10, **changed}
 
 
 def _bad_attention(**changed: torch.Tensor) -> dict[str, Any]:
@@ -235,5 +299,15 @@ BAD_INPUTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         (_bad_select(score=torch.zeros(2, 9, dtype=torch.int64)), "score holds torch.int64"),
         (_bad_select(keep=10), "cannot keep 10 tokens"),
         (_bad_select(keep=-1), "cannot keep -1 tokens"),
+    ],
+    "packed_linear": [
+        (_bad_linear(x=torch.zeros(2, 5, 6)), "x has 3 dimensions"),
+        (_bad_linear(x=torch.zeros(5, 7)), "x and packed disagree on the input width"),
+        (_bad_linear(outer=17), "2 blocks of 8 columns do not hold 17"),
+        (_bad_linear(outer=8), "2 blocks of 8 columns do not hold 8"),
+        (_bad_linear(activation="tanh"), "there is no activation 'tanh'"),
+        (_bad_linear(bias=torch.zeros(9)), "bias and outer disagree on the output width"),
+        (_bad_linear(residual=torch.zeros(4, 10)), "residual and x disagree on the number of rows"),
+        (_bad_linear(bias=torch.zeros(10).bfloat16()), "bias holds torch.bfloat16"),
     ],
 }

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
 
 
-def _copy(edit: Edit, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return edit.call(torch.ops.aten._to_copy.default, (node,), {"dtype": dtype}, like=node)
+def _copy(edit: Edit, node: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    return edit.call(torch.ops.aten._to_copy.default, (node,), {"dtype": dtype}, like=like)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CastBoundary:
             with program.fake_mode:
                 node.meta["val"] = value.to(outer)
             with edit.graph.inserting_before(first):
-                cast = _copy(edit, node, inner)
+                cast = _copy(edit, node, inner, like=next(iter(node.users), node))
             node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
         output = next(n for n in edit.graph.nodes if n.op == "output")
         values = list(output.args[0])
@@ -58,7 +58,7 @@ class CastBoundary:
             user_output = spec.kind.name == "USER_OUTPUT"
             if user_output and isinstance(value, torch.Tensor) and value.dtype == inner:
                 with edit.graph.inserting_before(output):
-                    values[i] = _copy(edit, node, outer)
+                    values[i] = _copy(edit, node, outer, like=node)
         output.args = (tuple(values),)
         notes.did("inputs and outputs", self.name, f"{self.outer} outside, {self.inner} inside")
 

@@ -1,17 +1,20 @@
 """Chooses, for each linear map with constant weights on a CPU, the matrix product that serves it best.
 
-    y = linear(x, w, b)        ->    y = linear(x, w, b)                           gemm "onednn": packed by lowering
-    z = linear(x, v, c)        ->    z = bmm(x[None], v^T[None])[0] + c            gemm "aten"
+    y = linear(x, w, b)        ->    y = linear(x, w, b)                             gemm "onednn": packed by freezing
+    z = gelu(linear(x, v, c))  ->    z = packed_linear(x, pack(v), c, "gelu")        gemm "cpp"
+    t = linear(x, u, d)        ->    t = bmm(x[None], u^T[None])[0] + d              gemm "aten"
 
-The decision is written on the node (`meta["compiled_attn"]["gemm"]`); weights are packed in lowering, where GELU, ReLU,
-SiLU or an added residual behind the product is computed in its epilogue. Candidates:
+The decision is written on the node (`meta["compiled_attn"]["gemm"]`); `apply_linear_choices` turns it into ops in
+lowering, where weights are packed. GELU, ReLU, SiLU or an added residual behind the product goes into its epilogue.
+Candidates:
 
+- "cpp": our kernel (ops/kernels/cpp/gemm.h);
 - "onednn": ATen's linear as it stands, which Inductor's freezing packs for oneDNN when it builds ahead of time;
-- "aten": ATen's own product (MKL), on the weights as they are. `apply_linear_choices` writes it as a product of one
-  batch, which freezing does not look for; what follows is fused by Inductor.
+- "aten": ATen's own product (MKL) on the weights as they are, written as a product of one batch, which freezing does
+  not look for.
 
 Inductor's own C++ product is not among them: where oneDNN gave 246 GF/s and MKL 104 on an AVX-512 core (197 x 384 x
-1536, float32), it gave 85, and it is not found in front of either on any shape tried.
+1536, float32), it gave 85, and it was found in front of neither on any shape tried.
 
 Never changes which weights are used, reads a hint of a symbolic size, or touches a product of two computed tensors.
 """
@@ -31,6 +34,8 @@ from compiled_attn.ir import _torch
 from compiled_attn.ir.errors import PassError
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Edit, Program
+from compiled_attn.ops.linear import pack, packed_linear
+from compiled_attn.ops.templates import cpp_gemm
 from compiled_attn.passes.fold_constants import constant_placeholders
 
 if TYPE_CHECKING:
@@ -39,11 +44,14 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 Measure = Callable[[Mapping[str, Any], Mapping[str, Callable[[], Callable[[], Any]]]], dict[str, float]]
 
+# Weights up to which our kernel was seen ahead of the others (AVX-512, M from 1 to 1576; by 5 to 90 %).
+CPP_UP_TO = 4_000_000
 # Multiply-adds from which oneDNN wins over ATen. Its call costs some 12 us more than MKL's and it then computes at
 # least twice as fast: seen on Zen 5, one core, for M 1 to 1576 and K x N from 16 x 16 to 2048 x 8192.
 ONEDNN_FROM = {torch.float32: 800_000, torch.bfloat16: 40_000}
 UNARY: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "swish"}
 ADD = (aten.add.Tensor,)
+ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "relu": "relu", "swish": "silu"}
 KEY = "compiled_attn"
 
 
@@ -139,13 +147,20 @@ def epilogue(node: fx.Node) -> str:
     return UNARY.get(user.target, "none")
 
 
-def by_rule(case: Linear) -> str:
-    """oneDNN where the work outweighs the cost of its call, at the smallest size that may come."""
+def by_rule(case: Linear, target: Target) -> str:
+    """Ours where it was seen ahead; else oneDNN where the work outweighs the cost of its call, at the smallest size."""
+    matrix_unit = case.dtype == torch.bfloat16 and "amx_bf16" in target.needs  # which oneDNN uses and we do not
+    seen = target.isa == "avx512" and case.inner * case.outer <= CPP_UP_TO and not matrix_unit
+    if seen and cpp_gemm.refuses(case.dtype, case.inner, target) is None:
+        return "cpp"
     return "onednn" if max(case.rows[0], 1) * case.inner * case.outer >= ONEDNN_FROM[case.dtype] else "aten"
 
 
-def by_measure(case: Linear, measure: Measure) -> tuple[str, dict[int, dict[str, float]]]:
+def by_measure(case: Linear, measure: Measure, target: Target) -> tuple[str, dict[int, dict[str, float]]]:
     """The candidate whose worst time, relative to the best at each measured M, is least."""
+    candidates: dict[str, Callable[[Linear, int], Callable[[], Any]]] = {"onednn": _onednn, "aten": _aten}
+    if cpp_gemm.refuses(case.dtype, case.inner, target) is None:
+        candidates["cpp"] = partial(_cpp, target)
     times = {
         rows: measure(
             {
@@ -157,7 +172,7 @@ def by_measure(case: Linear, measure: Measure) -> tuple[str, dict[int, dict[str,
                 "bias": case.bias,
                 "epilogue": case.epilogue,
             },
-            {name: partial(make, case, rows) for name, make in CANDIDATES.items()},
+            {name: partial(make, case, rows) for name, make in candidates.items()},
         )
         for rows in case.sizes()
     }
@@ -200,10 +215,25 @@ def _onednn(case: Linear, rows: int) -> Callable[[], Any]:
     return lambda: ops._linear_pointwise(x, packed, b, name, [], algorithm)
 
 
-CANDIDATES: dict[str, Callable[[Linear, int], Callable[[], Any]]] = {"onednn": _onednn, "aten": _aten}
+def _cpp(target: Target, case: Linear, rows: int) -> Callable[[], Any]:
+    """Our kernel, compiled by itself (once a kind of case; kept by Inductor's cache of libraries)."""
+    x, w, b, other = _tensors(case, rows)
+    columns = cpp_gemm.columns(case.outer, target)
+    packed, out = pack(w, columns), torch.empty(rows, case.outer, dtype=case.dtype)
+    activation = ACTIVATION.get(case.epilogue, "none")
+    function = _torch.cpp_function(cpp_gemm.standalone(case.dtype, columns, activation))
+    residual = other if case.epilogue == "add" else None
+    tensors = [0 if t is None else t.data_ptr() for t in (x, packed, b, residual, out)]
+
+    def call() -> torch.Tensor:
+        function(*tensors, rows, case.inner, case.outer)
+        return out
+
+    call.keep = (x, packed, b, residual)  # type: ignore[attr-defined]
+    return call
 
 
-def choose(program: Program, measure: Measure | None, notes: Notes) -> dict[fx.Node, str]:
+def choose(program: Program, measure: Measure | None, target: Target, notes: Notes) -> dict[fx.Node, str]:
     """Node of `program` -> its product, for every linear map with constant weights; each is noted, misses too."""
     constants = constant_placeholders(program)
     found: dict[fx.Node, str] = {}
@@ -221,10 +251,10 @@ def choose(program: Program, measure: Measure | None, notes: Notes) -> dict[fx.N
             notes.miss(node, "pack-linear", "this torch was built without oneDNN")
             continue
         if measure is None:
-            found[node] = by_rule(case)
+            found[node] = by_rule(case, target)
             notes.did(node, "pack-linear", f"{case.text}: {found[node]}", "by rule")
         else:
-            found[node], times = by_measure(case, measure)
+            found[node], times = by_measure(case, measure, target)
             notes.did(node, "pack-linear", f"{case.text}: {found[node]}", _speeds(case, times))
     return found
 
@@ -261,7 +291,7 @@ class PackLinear:
     def run(self, program: Program, target: Target, notes: Notes) -> Program:
         if target.kind != "cpu":
             return program
-        chosen = choose(program, self.measure if self.tune == "measure" else None, notes)
+        chosen = choose(program, self.measure if self.tune == "measure" else None, target, notes)
         if all(node.meta.get(KEY, {}).get("gemm") == gemm for node, gemm in chosen.items()):
             return program
         edit = program.edit()
@@ -271,18 +301,55 @@ class PackLinear:
         return edit.finish(self.name)
 
 
-def apply_linear_choices(program: Program) -> Program:
-    """The program with each decision turned into an op, for lowering; itself where nothing is to be turned."""
-    chosen = [n for n in program.graph.nodes if n.meta.get(KEY, {}).get("gemm") == "aten"]
+def apply_linear_choices(program: Program, target: Target) -> Program:
+    """The program with each decision turned into ops, for lowering; itself where nothing is to be turned."""
+    chosen = [n for n in program.graph.nodes if n.meta.get(KEY, {}).get("gemm") in ("aten", "cpp")]
     if not chosen:
         return program
     edit = program.edit()
+    names = constant_placeholders(program)
+    packed: dict[tuple[str, int], fx.Node] = {}
     for node in chosen:
         old = edit.node_of[node]
         x, weight, bias = operands(old)
+        if node.meta[KEY]["gemm"] == "cpp":
+            _packed(edit, old, program, names, packed, target)
+            continue
         with edit.graph.inserting_before(old):
             edit.replace(old, _one_batch(edit, old, x, weight, bias))
     return edit.finish("apply-linear-choices")
+
+
+def _packed(
+    edit: Edit,
+    old: fx.Node,
+    program: Program,
+    names: Mapping[str, str],
+    packed: dict[tuple[str, int], fx.Node],
+    target: Target,
+) -> None:
+    """Puts our op in the place of a linear map and of what its epilogue computes; equal weights are packed once."""
+    x, weight, bias = operands(old)
+    behind = epilogue(old)
+    last = old if behind == "none" else next(iter(old.users))
+    value = program.tensors()[weight.name]
+    value = value if old.target is aten.linear.default else value.t()
+    columns = cpp_gemm.columns(value.shape[0], target)
+    key = (weight.name, columns)
+    if key not in packed:
+        name = f"{names[weight.name]}_packed{columns}"
+        packed[key] = edit.constant(name, pack(value.detach(), columns), made_from=(names[weight.name],))
+    with edit.graph.inserting_before(last):
+        leading = [_size(edit, old, x, d) for d in range(x.meta["val"].dim() - 1)]
+        rows = edit.call(aten.reshape.default, (x, [-1, value.shape[1]]), like=old)
+        residual = None
+        if behind == "add":
+            other = next(a for a in last.args if a is not old)
+            residual = edit.call(aten.reshape.default, (other, [-1, value.shape[0]]), like=last)
+        options = {"outer": value.shape[0], "activation": ACTIVATION.get(behind, "none")}
+        new = edit.call(packed_linear.overload, (rows, packed[key], bias, residual), options, like=last)
+        out = edit.call(aten.reshape.default, (new, [*leading, value.shape[0]]), like=last)
+    edit.replace(last, out)
 
 
 def _one_batch(edit: Edit, old: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:

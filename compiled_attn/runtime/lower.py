@@ -71,7 +71,7 @@ def lower(program: Program, target: Target, notes: Notes, *, strict: bool = Fals
         for node, function in replaced:
             inline(edit, edit.node_of[node], function)
         program = edit.finish(NAME)
-    return apply_linear_choices(program) if target.kind == "cpu" else program
+    return apply_linear_choices(program, target) if target.kind == "cpu" else program
 
 
 def inductor_config(target: Target, program: Program) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 // The kernels behind plain C functions, one per element type, for tests that call them with raw pointers.
 #include "attention.h"
 #include "class_row.h"
+#include "gemm.h"
 #include "select_tokens.h"
 
 using namespace compiled_attn_cpp;
@@ -35,7 +36,35 @@ static void run_class_row(const AttentionShape& s, const void* q, const void* k,
   if (bias_kind == 2) class_row<T, Bf16>(s, a, b, (const Bf16*)bias, row, at);
 }
 
+template <class T, int NV>
+static void run_gemm(const GemmShape& s, int activation, const void* x, const void* packed, const void* bias,
+                     const void* residual, void* out) {
+  const T *a = (const T*)x, *w = (const T*)packed, *b = (const T*)bias, *r = (const T*)residual;
+  if (activation == 0) gemm<T, Activation::none, NV>(s, a, w, b, r, (T*)out);
+  if (activation == 1) gemm<T, Activation::relu, NV>(s, a, w, b, r, (T*)out);
+  if (activation == 2) gemm<T, Activation::silu, NV>(s, a, w, b, r, (T*)out);
+  if (activation == 3) gemm<T, Activation::gelu, NV>(s, a, w, b, r, (T*)out);
+  if (activation == 4) gemm<T, Activation::gelu_tanh, NV>(s, a, w, b, r, (T*)out);
+}
+
 extern "C" {
+
+// sizes: rows, inner, outer, and the strides of x's, the residual's and the output's rows. vectors: of a block.
+void call_gemm(int bf16, int vectors, int activation, const int64_t* sizes, const void* x, const void* packed,
+               const void* bias, const void* residual, void* out) {
+  const GemmShape s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+  if (bf16) {
+    if constexpr (StepOf<Bf16>::kPerStep == 2) {
+      if (vectors == 1) run_gemm<Bf16, 1>(s, activation, x, packed, bias, residual, out);
+      if (vectors == 3) run_gemm<Bf16, 3>(s, activation, x, packed, bias, residual, out);
+    }
+    return;
+  }
+  if (vectors == 1) run_gemm<float, 1>(s, activation, x, packed, bias, residual, out);
+  if (vectors == 2) run_gemm<float, 2>(s, activation, x, packed, bias, residual, out);
+  if (vectors == 3) run_gemm<float, 3>(s, activation, x, packed, bias, residual, out);
+  if (vectors == 4) run_gemm<float, 4>(s, activation, x, packed, bias, residual, out);
+}
 
 // The lanes of a vector, and whether bfloat16 is multiplied as such.
 int lanes() { return kWidth; }

@@ -1,0 +1,153 @@
+// y = activation(x w^T + b) + r on weights packed by blocks of columns.
+//
+//   x [M, K] rows of stride `x`, channel stride 1.  packed [ceil(N / W), ceil(K / P), W, P] contiguous, zeros beyond N:
+//   P is 1 for float32 and 2 for bfloat16 (pairs along K, K even); W = NV * kWidth.  b [N], r [M, N], y [M, N].
+//
+// A register tile holds R rows of NV vectors of y. Tasks are (chunk of rows, block of columns): a chunk of x stays in the
+// second-level cache while the blocks of w stream past it. Sums are float32 throughout.
+#ifndef COMPILED_ATTN_CPP_GEMM_H
+#define COMPILED_ATTN_CPP_GEMM_H
+
+#include "attention.h"
+
+namespace compiled_attn_cpp {
+namespace {
+
+struct GemmShape {
+  int64_t rows, inner, outer;
+  int64_t x, residual, out;  // strides of rows, in elements
+};
+
+enum class Activation { none, relu, silu, gelu, gelu_tanh };
+
+constexpr int64_t kChunkBytes = 256 * 1024;   // of x, in the second-level cache
+constexpr int64_t kWorthThreads = 200 * 1000;  // multiply-adds from which a parallel region pays
+
+// exp(-|x|), and the logistic function by it.
+COMPILED_ATTN_INLINE Vec vabs(Vec x) { return vmax(x, vsub(vset(0.f), x)); }
+COMPILED_ATTN_INLINE Vec vdiv(Vec a, Vec b) { return a / b; }
+COMPILED_ATTN_INLINE Vec vexp_minus(Vec x) { return vexp2(vmul(x, vset(-kLog2e))); }
+COMPILED_ATTN_INLINE Vec vsigmoid(Vec x) {
+  const Vec e = vexp_minus(vabs(x));
+  const Vec inverse = vdiv(vset(1.f), vadd(vset(1.f), e));
+  return vless(x, vset(0.f), vmul(e, inverse), inverse);
+}
+
+// The error function: Abramowitz and Stegun 7.1.26, absolute error below 2e-7; a NaN stays one.
+COMPILED_ATTN_INLINE Vec verf(Vec x) {
+  const Vec z = vabs(x);
+  const Vec t = vdiv(vset(1.f), vfma(z, vset(0.3275911f), vset(1.f)));
+  Vec p = vset(1.061405429f);
+  p = vfma(p, t, vset(-1.453152027f));
+  p = vfma(p, t, vset(1.421413741f));
+  p = vfma(p, t, vset(-0.284496736f));
+  p = vfma(p, t, vset(0.254829592f));
+  const Vec y = vsub(vset(1.f), vmul(vmul(p, t), vexp_minus(vmul(z, z))));
+  return vless(x, vset(0.f), vsub(vset(0.f), y), y);
+}
+
+template <Activation A>
+COMPILED_ATTN_INLINE Vec activate(Vec x) {
+  if constexpr (A == Activation::relu) return vmax(vset(0.f), x);
+  if constexpr (A == Activation::silu) return vmul(x, vsigmoid(x));
+  if constexpr (A == Activation::gelu) {
+    const Vec half = vmul(x, vset(0.5f));
+    return vfma(half, verf(vmul(x, vset(0.70710678118654752f))), half);
+  }
+  if constexpr (A == Activation::gelu_tanh) {
+    const Vec cubic = vfma(vmul(vmul(x, x), x), vset(0.044715f), x);
+    return vmul(x, vsigmoid(vmul(cubic, vset(1.5957691216057308f))));
+  }
+  return x;
+}
+
+// Rows of the register tile beside NV vectors of columns.
+template <int NV>
+constexpr int gemm_rows() {
+  if constexpr (kMaxVectors == 4) return NV == 4 ? 6 : 8;  // 32 registers
+  return NV == 1 ? 8 : kWidth == 8 ? 6 : 4;            // 16 registers
+}
+
+// sum[r][j] += over t of x(r, t) * block[t][j], with x(r, t) the four bytes at x + r * row + 4 * t.
+template <class Step, int R, int NV>
+COMPILED_ATTN_INLINE void gemm_steps(const char* x, int64_t row, const float* block, int64_t steps, Vec (&sum)[R][NV]) {
+  for (int64_t t = 0; t < steps; ++t) {
+    Vec column[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) column[j] = vload(block + j * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float bits;
+      std::memcpy(&bits, x + r * row + 4 * t, 4);
+      const Vec value = vset(bits);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sum[r][j] = Step::step(value, column[j], sum[r][j]);
+    }
+    block += NV * kWidth;
+  }
+}
+
+// One register tile: R rows from x and y, the columns [first, first + NV * kWidth) of one block.
+template <class T, Activation A, int R, int NV>
+COMPILED_ATTN_INLINE void gemm_tile(const GemmShape& s, const T* x, const float* block, const T* bias, const T* residual,
+                                    T* out, int64_t first) {
+  using Step = StepOf<T>;
+  Vec sum[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sum[r][j] = vset(0.f);
+  const char* rows = reinterpret_cast<const char*>(x);
+  gemm_steps<Step>(rows, s.x * int64_t(sizeof(T)), block, s.inner / Step::kPerStep, sum);
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    const int64_t column = first + j * kWidth;
+    const int64_t count = std::min<int64_t>(kWidth, s.outer - column);
+    if (count <= 0) break;
+    const bool whole = count == kWidth;
+    Vec shift = vset(0.f);
+    if (bias) shift = whole ? vload(bias + column) : vload(bias + column, count);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vec y = activate<A>(vadd(sum[r][j], shift));
+      if (residual) {
+        const T* from = residual + r * s.residual + column;
+        y = vadd(y, whole ? vload(from) : vload(from, count));
+      }
+      T* to = out + r * s.out + column;
+      if (whole) {
+        vstore(to, y);
+      } else {
+        vstore(to, y, count);
+      }
+    }
+  }
+}
+
+// `bias` and `residual` may be null. Threads: OpenMP's, one task a chunk of rows and a block of columns.
+template <class T, Activation A, int NV>
+void gemm(const GemmShape& s, const T* x, const T* packed, const T* bias, const T* residual, T* out) {
+  constexpr int64_t W = NV * kWidth;
+  constexpr int R = gemm_rows<NV>();
+  const int64_t blocks = (s.outer + W - 1) / W;
+  const int64_t most = std::max<int64_t>(4 * R, kChunkBytes / (s.inner * int64_t(sizeof(T))));
+  const int64_t chunks = std::max<int64_t>(1, (s.rows + most - 1) / most);
+  const int64_t size = ((s.rows + chunks - 1) / chunks + R - 1) / R * R;
+  const float* weights = reinterpret_cast<const float*>(packed);
+  const int64_t steps = s.inner / StepOf<T>::kPerStep;
+#pragma omp parallel for schedule(static) if (s.rows * s.inner * s.outer > kWorthThreads)
+  for (int64_t task = 0; task < chunks * blocks; ++task) {
+    const int64_t block = task % blocks, begin = task / blocks * size;
+    by_tiles<R>(std::min(size, s.rows - begin), [&](int64_t row, auto count) __attribute__((always_inline)) {
+      const int64_t at = begin + row;
+      gemm_tile<T, A, decltype(count)::value, NV>(s, x + at * s.x, weights + block * steps * W, bias,
+                                                  residual ? residual + at * s.residual : nullptr, out + at * s.out,
+                                                  block * W);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace compiled_attn_cpp
+
+#endif
