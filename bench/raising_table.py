@@ -85,12 +85,18 @@ def largest_difference(want: object, got: object) -> float:
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in tensors)
 
 
-def raising_table(cases: Sequence[Case] = tuple(CASES.values()), *, dynamic: bool = True, full: bool = False) -> str:
-    """The table as aligned text."""
+def raising_table(
+    cases: Sequence[Case] = tuple(CASES.values()),
+    *,
+    dynamic: bool = True,
+    full: bool = False,
+    make: Callable[..., tuple[torch.nn.Module, Program]] = captured,
+) -> str:
+    """The table as aligned text. make: gives a case's model and Program, so that both may be at hand already."""
     lines = [HEADER]
     for case in cases:
         for attention in case.attention:
-            model, program = captured(case, attention, dynamic=dynamic, full=full)
+            model, program = make(case, attention, dynamic=dynamic, full=full)
             row = raise_row(case, attention, model, program, batch=3 if dynamic else 2, full=full)
             lines.append(str(row))
             lines += [f"    because {sentence}" for sentence in row.misses]

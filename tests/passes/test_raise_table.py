@@ -112,7 +112,8 @@ def test_the_published_sizes_leave_no_attention_without_a_node_or_a_sentence(cas
 
 
 def test_the_table_is_aligned_text_with_a_line_for_each_model_and_each_miss() -> None:
-    text = raising_table([replace(CASES["cait_xxs24_224"], attention=("eager",))]).splitlines()
+    case = replace(CASES["cait_xxs24_224"], attention=("eager",))
+    text = raising_table([case], make=lambda case, attention, **_: program_of(case.name, attention)).splitlines()
     assert len(text) == 3
     assert text[1].startswith("cait_xxs24_224                 eager     2 of 3       2 of 3")
     assert "stands between the scores" in text[2]
