@@ -9,6 +9,7 @@ from attention_forms import FORMS, REFUSED, B, C, Form, N
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Program
 from compiled_attn.passes.base import run_passes
+from compiled_attn.passes.fold_constants import FoldConstants
 from compiled_attn.passes.raise_attention import SDPA, RaiseAttention, attention_blocks
 from compiled_attn.runtime.capture import capture
 
@@ -251,3 +252,21 @@ def test_a_tensor_written_in_place_between_the_products_is_refused_in_training()
 
     _, notes = raised(capture(Writes(), (torch.randn(2, 3, 4, 8),), mode="train"))
     assert "writes in place between" in notes.misses[0].because
+
+
+def test_a_scale_that_was_folded_from_a_parameter_stays_a_value_of_the_graph() -> None:
+    class Learned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_scale = torch.nn.Parameter(torch.tensor(-1.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x.mT * self.log_scale.exp()).softmax(-1) @ x
+
+    program, _ = run_passes(capture(Learned(), (torch.randn(2, 3, 4, 8),)), [FoldConstants()], None, Notes())  # type: ignore[arg-type]
+    assert any(program.origin.values())
+    result, notes = raised(program)
+    assert [n.what for n in notes.done] == ["softmax(q k^T * factor) v"]
+    assert any(result.origin.values())
+    x = torch.randn(2, 3, 4, 8)
+    torch.testing.assert_close(result(x), Learned()(x), rtol=1e-5, atol=1e-5)

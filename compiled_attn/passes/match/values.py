@@ -70,6 +70,8 @@ def _evaluate(program: Program, node: fx.Node, depth: int) -> torch.Tensor | Non
 def _constant(program: Program, node: fx.Node) -> torch.Tensor | None:
     for spec in program.signature.input_specs:
         if getattr(spec.arg, "name", None) == node.name and spec.kind == InputKind.CONSTANT_TENSOR:
+            if program.origin.get(spec.target or ""):
+                return None  # folded from weights, which may change
             found = program.constants.get(spec.target or "")
             return found if isinstance(found, torch.Tensor) else None
     return None
