@@ -37,6 +37,9 @@ def flat_module(program: Program, *, inside: bool = True) -> fx.GraphModule:
         attribute.meta = dict(node.meta)
         node.replace_all_uses_with(attribute)
         graph.erase_node(node)
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.view.default:  # what it views may have been replaced, in another memory order
+            node.target = torch.ops.aten.reshape.default
     output = next(n for n in graph.nodes if n.op == "output")
     placeholder_of = {s.target: s.arg.name for s in program.signature.input_specs if s.kind == InputKind.BUFFER}
     written: dict[object, fx.Node] = {}
