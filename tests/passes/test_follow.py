@@ -246,8 +246,10 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("name", TABLES)
+UNFUSED = ("a bias of heads and pairs", "a rotary table, pairs")
+
+
+@pytest.mark.parametrize(("name", "fuse"), [*((n, True) for n in TABLES), *((n, False) for n in UNFUSED)])
 def test_a_table_is_gathered_with_the_tokens(name, fuse):
     attend, tables = TABLES[name]
     model = with_attention(attend, **{n: t for n, (t, _, _) in tables.items()})

@@ -40,6 +40,7 @@ STOCK = {
     "DeiTModel": 64,
     "Dinov2Model": 64,
 }
+UNFUSED = ("deit_small_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224", "DeiTModel")
 MORE = {
     "vit_small_patch14_reg4_dinov2": 56,
     "flexivit_small": 64,
@@ -109,8 +110,9 @@ def check(program, model, side, options, batch):
 @pytest.mark.parametrize("name", STOCK)
 def test_a_stock_model_reorganized_equals_the_rule_in_plain_pytorch(name):
     model, side = stock(name)
-    for options, batch in zip(OPTIONS, (3, 1), strict=True):
-        check(raised(name), model, side, options, batch)
+    check(raised(name), model, side, OPTIONS[0], 3)
+    if name in UNFUSED:
+        check(raised(name), model, side, OPTIONS[1], 1)
 
 
 @pytest.mark.parametrize("name", ["Dinov2Model"])
