@@ -111,7 +111,8 @@ def main(out: Path, count: int) -> None:
     print(compiled[0.7].explain())
     peers = {"eager": model, "torch.compile": torch.compile(model)}
     times = milliseconds({**peers, **{f"keep {r:g}": f for r, f in compiled.items()}}, batch)
-    lines = [f"{'':<16} {'accuracy':>9} {'ms / batch':>11} {'to eager':>9}   ({count} held-out pictures, batch {BATCH})"]
+    lines = [f"{count} held-out pictures, batch {BATCH}"]
+    lines.append(f"{'':<16} {'accuracy':>9} {'ms / batch':>11} {'to eager':>9}")
     rows = []
     for name, time_ms in times.items():
         runner = peers.get(name) or compiled[float(name.split()[1])]
@@ -129,7 +130,8 @@ def main(out: Path, count: int) -> None:
     again = ca.load(out / "model.pt2")
     with torch.no_grad():
         apart = max((again(part) - compiled[0.7](part)).abs().max().item() for part in x.split(37))
-    lines.append(f"exported {artifact.path.name}, {artifact.size / 1e6:.1f} MB; loaded, its logits differ by {apart:.1e}")
+    size = artifact.size / 1e6
+    lines.append(f"exported {artifact.path.name}, {size:.1f} MB; loaded, its logits differ by {apart:.1e}")
     shown = x[:6]
     with torch.no_grad():
         predicted = compiled[0.7](shown).argmax(1).tolist()

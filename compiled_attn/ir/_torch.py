@@ -559,7 +559,8 @@ def settled(value: Any) -> Any:
         known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
         return size if known is None else known
 
-    with value.fake_mode:
+    mode: Any = value
+    with mode.fake_mode:
         return torch.empty_strided(
             [number(n) for n in value.shape],
             [number(n) for n in value.stride()],

@@ -54,12 +54,15 @@ def by_vjp(decomposition: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
                 full[i] = tensor
             out = decomposition(*full, **kwargs)
             outs = out if isinstance(out, tuple) else (out,)
-            return tuple(o for o in outs if o.is_floating_point())
+            floating[:] = [i for i, o in enumerate(outs) if o.is_floating_point()]
+            return tuple(outs[i] for i in floating)
 
-        outs, pull = torch.func.vjp(forward, *(args[i] for i in wanted))
-        floating = [g for g in grads if g is None or g.is_floating_point()]
+        floating: list[int] = []
+        found_vjp: Any = torch.func.vjp(forward, *(args[i] for i in wanted))
+        outs, pull = found_vjp
+        given = [grads[i] for i in floating]
         cotangents = tuple(
-            torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outs, floating, strict=True)
+            torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outs, given, strict=True)
         )
         found = dict(zip(wanted, pull(cotangents), strict=True))
         return tuple(found.get(i) for i in range(len(args)))

@@ -8,7 +8,7 @@ record) says which placeholder and which output is what.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -275,7 +275,7 @@ def _erase_unused(node: fx.Node) -> None:
         node.graph.erase_node(node)
 
 
-def fake_call(mode: Any, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def fake_call(mode: Any, target: Any, args: Any, kwargs: Any) -> Any:
     """Result of `target` on the fake values of nodes; ints and symbolic ints pass through."""
 
     def value(node: fx.Node) -> Any:

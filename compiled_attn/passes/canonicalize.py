@@ -44,19 +44,21 @@ SAME_IF_EQUAL = (
 
 def computes_nothing(node: fx.Node) -> bool:
     """Whether a node's value is its first argument's: same numbers, dtype, device, shape and strides."""
+    args: tuple[Any, ...] = node.args
     if node.target is aten.dropout.default:
-        return not node.args[2] or node.args[1] == 0
+        return bool(not args[2] or args[1] == 0)
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
-        return type(node.args[1]) in (int, float) and node.args[1] == 1 and _same(node)
+        return type(args[1]) in (int, float) and args[1] == 1 and _same(node)
     if node.target in (aten.add.Tensor, aten.sub.Tensor):
-        return type(node.args[1]) in (int, float) and node.args[1] == 0 and _same(node)
-    if node.target is aten.permute.default and list(node.args[1]) != sorted(node.args[1]):
+        return type(args[1]) in (int, float) and args[1] == 0 and _same(node)
+    if node.target is aten.permute.default and list(args[1]) != sorted(args[1]):
         return False
     return node.target in SAME_IF_EQUAL and _same(node)
 
 
 def _same(node: fx.Node) -> bool:
-    a, b = node.args[0].meta.get("val"), node.meta.get("val")
+    source: Any = node.args[0]
+    a, b = source.meta.get("val"), node.meta.get("val")
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return False
     if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
@@ -69,7 +71,7 @@ def _same(node: fx.Node) -> bool:
 
 def _keeps_output_apart(node: fx.Node) -> bool:
     """Whether removing the node would make an output of the program an input or a weight of it."""
-    source = node.args[0]
+    source: Any = node.args[0]
     while isinstance(source, fx.Node) and source.op == "call_function" and computes_nothing(source):
         source = source.args[0]
     return source.op == "placeholder" and any(user.op == "output" for user in node.users)

@@ -50,7 +50,7 @@ class CastBoundary:
                 node.meta["val"] = value.to(outer)
             with edit.graph.inserting_before(first):
                 cast = _copy(edit, node, inner, like=next(iter(node.users), node))
-            node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+            edit.replace(node, cast)
         output = next(n for n in edit.graph.nodes if n.op == "output")
         values = list(output.args[0])
         for i, (node, spec) in enumerate(zip(values, program.signature.output_specs, strict=True)):

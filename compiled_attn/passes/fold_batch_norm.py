@@ -65,11 +65,12 @@ def fold_one(edit: Edit, program: Program, node: fx.Node, notes: Notes) -> bool:
     if any(n is not None and n.name not in tensors for n in nodes):
         notes.miss(node, RULE, "a weight of the convolution or of the norm is no constant")
         return False
-    kernel, shift, g, h, m, v = (None if n is None else tensors[n.name].detach().double() for n in nodes)
+    values: list[Any] = [None if n is None else tensors[n.name].detach().double() for n in nodes]
+    kernel, shift, g, h, m, v = values
     scale = torch.rsqrt(v + eps) if g is None else g * torch.rsqrt(v + eps)
     moved = (-m if shift is None else shift - m) * scale + (0 if h is None else h)
     dtype = x.args[1].meta["val"].dtype
-    names = {s.arg.name: s.target for s in program.signature.input_specs}
+    names = {s.arg.name: s.target or "" for s in program.signature.input_specs}
     made_from = tuple(names[n.name] for n in nodes if n is not None)
     folded = (kernel * scale.reshape(-1, *[1] * (kernel.dim() - 1))).to(dtype)
     new_weight = edit.constant(f"{names[x.args[1].name]}.folded", folded, made_from=made_from)

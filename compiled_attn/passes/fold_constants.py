@@ -115,8 +115,9 @@ def _evaluate(node: fx.Node, tensors: dict[str, torch.Tensor], memo: dict[fx.Nod
     if node.op == "placeholder":
         return tensors[node.name]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, tensors, memo))
+    target: Any = node.target
     with torch.no_grad():
-        memo[node] = node.target(*args, **kwargs)
+        memo[node] = target(*args, **kwargs)
     return memo[node]
 
 

@@ -72,7 +72,7 @@ def capture(
 
 
 def _export(model: nn.Module, example: tuple[Any, Any], shapes: Any, *, named: bool) -> torch.export.ExportedProgram:
-    """torch.export; a dimension that was only named takes the range that the model turns out to need, never one size."""
+    """torch.export; a dimension that was only named takes the range that the model needs, never one size."""
     for attempt in range(3):
         try:
             return torch.export.export(
@@ -148,7 +148,8 @@ def _doubled(value: Any, spec: Any) -> Any:
                 value = torch.cat([value, value], dim)
         return value
     if isinstance(value, Mapping) and isinstance(spec, Mapping):
-        return type(value)({k: _doubled(v, spec.get(k)) for k, v in value.items()})
+        made: Any = type(value)
+        return made({k: _doubled(v, spec.get(k)) for k, v in value.items()})
     if isinstance(value, (list, tuple)) and isinstance(spec, (list, tuple)):
         return type(value)(_doubled(v, s) for v, s in zip(value, spec, strict=False))
     return value

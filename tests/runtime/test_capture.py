@@ -80,7 +80,7 @@ def test_the_model_is_left_as_it_was():
 
 @pytest.mark.parametrize("bad", [lambda x: x, 3, nn.Linear])
 def test_what_is_no_module_is_refused(bad):
-    with pytest.raises(CaptureError, match="is not an nn.Module"):
+    with pytest.raises(CaptureError, match=r"is not an nn\.Module"):
         capture(bad, (torch.randn(2),))
 
 
