@@ -9,25 +9,26 @@ import torch
 from bench.peers import Runner
 from compiled_attn.ir import _torch
 
-# The first class one of whose words is in a kernel's name; names are Inductor's, which list the ops fused in a kernel.
-CLASSES = (
-    ("linear", ("linear_pointwise", "addmm", "mm_out", "_mm", "mkl_linear", "packed_linear")),
-    ("convolution", ("convolution_pointwise", "convolution_out")),
-    ("attention", ("scaled_dot_product", "flash_attention", "class_row", "cattn", "attention")),
+# Names are Inductor's: a template's or a fused loop's lists the ops it came from. Ops of the vocabulary are templates;
+# ATen's products and attention are calls of their own, and in a loop's name only say what it reads.
+TEMPLATES = (
+    ("linear", ("packed_linear",)),
     ("tokens", ("select_tokens",)),
+    ("attention", ("attention", "class_row")),
+    ("layernorm", ("layer_norm",)),
+)
+CALLS = (
+    ("linear", ("linear_pointwise", "mm_out", "mkl_linear")),
+    ("convolution", ("convolution",)),
+    ("attention", ("scaled_dot_product",)),
     ("layernorm", ("layer_norm",)),
 )
 
 
 def class_of(kernel: str) -> str:
     name = kernel.lower()
-    fused = "cpp_fused" in name  # Inductor's own loops: what they compute, not what they read
-    for label, words in CLASSES:
-        if fused and label in ("linear", "convolution", "attention", "tokens"):
-            continue
-        if any(word in name for word in words):
-            return label
-    return "other"
+    classes = TEMPLATES if "cpp_" in name and not name.startswith("aoti_") else CALLS
+    return next((label for label, words in classes if any(word in name for word in words)), "other")
 
 
 def by_class(prepare: Callable[[], Runner], calls: int = 20) -> dict[str, float]:

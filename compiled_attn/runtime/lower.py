@@ -85,6 +85,7 @@ def inductor_config(target: Target, program: Program) -> dict[str, Any]:
         options["freezing"] = True
     if target.kind == "cpu":
         options["cpp.dynamic_threads"] = True
+        options["aot_inductor.compile_wrapper_opt_level"] = "O0"  # it only calls kernels; optimising it costs seconds
         if targets.load("cpu").march != target.march:
             options.update(_torch.cpu_options(target.march, target.vector_bits))
     return options

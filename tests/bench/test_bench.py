@@ -105,7 +105,9 @@ def test_difference_is_relative_and_infinite_for_what_is_no_answer(found, wanted
         ("aoti_torch_cpu_mkldnn__convolution_pointwise", "convolution"),
         ("aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("graph_0_cpp_fused_add_native_layer_norm_transpose_view_2", "layernorm"),
-        ("graph_0_cpp_fused_add_attention_native_layer_norm_view_3", "layernorm"),
+        ("graph_0_cpp_fused_add_bmm_gelu_native_layer_norm_select_view_4", "layernorm"),
+        ("graph_0_cpp_fused_add_attention_native_layer_norm_view_3", "attention"),
+        ("graph_0_cpp_fused_native_layer_norm_packed_linear_view_6", "linear"),
         ("graph_0_cpp_fused_convolution_0", "other"),
     ],
 )

@@ -1,6 +1,6 @@
 """The linear map on packed weights in C++ (kernels/cpp/gemm.h): register tiles over blocks of columns, epilogue inside.
 
-Memory: y is written once; a chunk of x (256 KiB) stays in the second-level cache while the packed blocks stream past.
+Memory: y is written once; a block of the packed weights stays in the second-level cache while rows of x pass by it.
 """
 
 from __future__ import annotations

@@ -53,17 +53,15 @@ extern "C" {
 void call_gemm(int bf16, int vectors, int activation, const int64_t* sizes, const void* x, const void* packed,
                const void* bias, const void* residual, void* out) {
   const GemmShape s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
-  if (bf16) {
-    if constexpr (StepOf<Bf16>::kPerStep == 2) {
-      if (vectors == 1) run_gemm<Bf16, 1>(s, activation, x, packed, bias, residual, out);
-      if (vectors == 3) run_gemm<Bf16, 3>(s, activation, x, packed, bias, residual, out);
-    }
-    return;
+  constexpr int most = kMaxVectors == 4 ? 3 : 2;  // what the template asks for where nothing is wasted
+  if (!bf16) {
+    if (vectors == 1) run_gemm<float, 1>(s, activation, x, packed, bias, residual, out);
+    if (vectors == most) run_gemm<float, most>(s, activation, x, packed, bias, residual, out);
   }
-  if (vectors == 1) run_gemm<float, 1>(s, activation, x, packed, bias, residual, out);
-  if (vectors == 2) run_gemm<float, 2>(s, activation, x, packed, bias, residual, out);
-  if (vectors == 3) run_gemm<float, 3>(s, activation, x, packed, bias, residual, out);
-  if (vectors == 4) run_gemm<float, 4>(s, activation, x, packed, bias, residual, out);
+  if constexpr (StepOf<Bf16>::kPerStep == 2) {
+    if (bf16 && vectors == 1) run_gemm<Bf16, 1>(s, activation, x, packed, bias, residual, out);
+    if (bf16 && vectors == most) run_gemm<Bf16, most>(s, activation, x, packed, bias, residual, out);
+  }
 }
 
 // The lanes of a vector, and whether bfloat16 is multiplied as such.
