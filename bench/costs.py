@@ -124,7 +124,11 @@ STARTS = {
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
+    """Largest resident memory of this process so far (on Linux rusage would count the parent's before the fork)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return round(int(line.split()[1]) / 2**10, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 

@@ -12,7 +12,7 @@ from compiled_attn.ir import _torch
 # Names are Inductor's: a template's or a fused loop's lists the ops it came from. Ops of the vocabulary are templates;
 # ATen's products and attention are calls of their own, and in a loop's name only say what it reads.
 TEMPLATES = (
-    ("linear", ("packed_linear",)),
+    ("linear", ("packed_linear", "cpp_gemm")),
     ("tokens", ("select_tokens",)),
     ("attention", ("attention", "class_row")),
     ("layernorm", ("layer_norm",)),

@@ -308,6 +308,16 @@ def _cpp_expression(kernel: Any, expr: Any) -> str:
     return cexpr_index(kernel.rename_indexing(sympy.sympify(expr)))
 
 
+def _announced(name: str) -> str:
+    """The C++ line by which a kernel shows in torch's profiler, where Inductor is asked for that; else nothing."""
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+
+    if not config.cpp.enable_kernel_profile or not V.graph.cpp_wrapper:
+        return ""
+    return f'torch::aot_inductor::RAIIAtenRecordFunctionHandle record("{name}", nullptr);\n'
+
+
 @cache
 def _cpp_template_class() -> Any:
     """A CppTemplate whose source is what a plain function writes around the kernel's declaration."""
@@ -349,6 +359,7 @@ def _cpp_template_class() -> Any:
             header, body = self.source(views)
             code = self.header()
             code.splice(header)
+            body = _announced(f"cpp_{self.name}") + body
             code.writeline(f'extern "C" {get_export_declaration()}')
             code.writeline(declaration)
             with code.indent():
