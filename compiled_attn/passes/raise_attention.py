@@ -60,7 +60,13 @@ class RaiseAttention:
             if isinstance(matched, Decline):
                 notes.miss(node, self.name, matched.because)
             raised += isinstance(matched, Attention)
-        return edit.finish(self.name) if raised else program
+        if not raised:
+            return program
+        if program.mode == "inference":
+            for node in edit.graph.nodes:
+                if node.target is aten.view.default:  # what it views may now lie in another memory order
+                    node.target = aten.reshape.default
+        return edit.finish(self.name)
 
 
 def attention_blocks(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
