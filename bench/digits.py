@@ -115,7 +115,7 @@ def main(out: Path, count: int) -> None:
     lines.append(f"{'':<16} {'accuracy':>9} {'ms / batch':>11} {'to eager':>9}")
     rows = []
     for name, time_ms in times.items():
-        runner = peers.get(name) or compiled[float(name.split()[1])]
+        runner = peers[name] if name in peers else compiled[float(name.split()[1])]
         hits = accuracy(runner, x, y)
         lines.append(f"{name:<16} {100 * hits:8.1f}% {time_ms:11.1f} {times['eager'] / time_ms:8.2f}x")
         if name.startswith("keep"):

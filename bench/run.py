@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import profile, report, roof, timing
+from bench import hotspots, report, roof, timing
 from bench.cases import TOLERANCE, Case, build, difference, flops
 from bench.peers import APPROXIMATE, DEFAULT, PEERS, NotHere, Runner
 
@@ -138,7 +138,7 @@ def compare(case: Case, job: dict[str, Any]) -> list[dict[str, Any]]:
             records[name] |= taken.as_dict()
         if job["where"]:
             for name in [n for n in ready if n.startswith("ours")]:
-                records[name]["where"] = profile.by_class(lambda name=name: PEERS[name](case, model, x, Path(folder)))
+                records[name]["where"] = hotspots.by_class(lambda name=name: PEERS[name](case, model, x, Path(folder)))
     if job["costs"]:
         from bench import costs
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-cases, peers, profile, report, roof, run, timing = (
+cases, peers, hotspots, report, roof, run, timing = (
     importlib.import_module(f"bench.{name}")
-    for name in ("cases", "peers", "profile", "report", "roof", "run", "timing")
+    for name in ("cases", "peers", "hotspots", "report", "roof", "run", "timing")
 )
 
 JOB = {"rounds": 2, "round_seconds": 0.001, "where": False, "costs": False}
@@ -112,7 +112,7 @@ def test_difference_is_relative_and_infinite_for_what_is_no_answer(found, wanted
     ],
 )
 def test_kernels_are_told_apart_by_what_they_compute(kernel: str, label: str) -> None:
-    assert profile.class_of(kernel) == label
+    assert hotspots.class_of(kernel) == label
 
 
 def test_time_outside_of_kernels_is_what_is_left() -> None:
@@ -122,7 +122,7 @@ def test_time_outside_of_kernels_is_what_is_left() -> None:
         ("graph_0_cpp_fused_native_layer_norm_1", 1.0, 4000.0),
         ("aten::empty", 1.0, 3000.0),
     ]
-    assert profile.totals(events, 2) == {"linear": 6.0, "layernorm": 2.0, "between": 2.0}
+    assert hotspots.totals(events, 2) == {"linear": 6.0, "layernorm": 2.0, "between": 2.0}
 
 
 def test_the_roof_is_positive_and_gives_times() -> None:

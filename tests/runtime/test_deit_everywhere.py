@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from gaps import gap
 from torch import nn
 
 import compiled_attn as ca
@@ -101,6 +102,12 @@ def test_an_onnx_file_gives_eagers_numbers_in_onnx_runtime(name, dynamic, keep, 
         with torch.no_grad():
             (found,) = run_onnx(path, {"x": x}).values()
             close(found, eager(model, x, None, passes), 1e-4)
+
+
+@gap("onnx-bf16")
+def test_bf16_runs_in_onnx_runtime(tmp_path):
+    model, shape = model_of("digits")
+    ca.export(model, (torch.randn(1, *shape),), path=tmp_path / "m.onnx", precision="bf16")
 
 
 def test_a_low_precision_for_onnx_is_refused_in_words(tmp_path):
