@@ -61,7 +61,7 @@ def capture(
     try:
         with warnings.catch_warnings(), grad:
             warnings.simplefilter("ignore")
-            exported = _export(model, example, shapes, named=_has_name(dynamic_shapes))
+            exported = _export(model, example, shapes, retries=2 if _has_name(dynamic_shapes) else 0)
             if mode == "inference":
                 exported = exported.run_decompositions({})
     except Exception as error:
@@ -71,24 +71,25 @@ def capture(
     return program
 
 
-def _export(model: nn.Module, example: tuple[Any, Any], shapes: Any, *, named: bool) -> torch.export.ExportedProgram:
-    """torch.export; a dimension that was only named takes the range that the model needs, never one size."""
-    for attempt in range(3):
-        try:
-            return torch.export.export(
-                model,
-                example[0],
-                example[1],
-                dynamic_shapes=shapes,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-        except Exception as error:
-            refined = _torch.refined_shapes(str(error), shapes) if named and attempt < 2 else None
-            if refined is None:
-                raise
-            shapes = refined
-    raise AssertionError("unreachable")
+def _export(model: nn.Module, example: tuple[Any, Any], shapes: Any, *, retries: int) -> torch.export.ExportedProgram:
+    """torch.export; a dimension that was only named takes the range that the model needs, never one size.
+
+    retries: how often a range may be taken from what torch.export suggests.
+    """
+    try:
+        return torch.export.export(
+            model,
+            example[0],
+            example[1],
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    except Exception as error:
+        refined = _torch.refined_shapes(str(error), shapes) if retries else None
+        if refined is None:
+            raise
+    return _export(model, example, refined, retries=retries - 1)
 
 
 def _has_name(shapes: Any) -> bool:
