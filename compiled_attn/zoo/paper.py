@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,18 @@ class Published:
     images_per_second: int | None = None
 
 
+def pictures(config: Any, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Random pictures [B, in_chans, img_size, img_size]: what most papers' networks take."""
+    return (torch.randn((batch, config.in_chans, config.img_size, config.img_size), generator=generator),)
+
+
 @dataclass(frozen=True)
 class Paper:
     """A paper of the zoo.
 
     model builds the network of one Config. published holds the table's rows by variant. keys says what the checkpoints
     are called and hold. weights names, for the variants that this package carries weights for, the file under
-    zoo/weights/.
+    zoo/weights/. inputs draws arguments for a Config, each with the batch as its first dimension.
     """
 
     title: str
@@ -42,3 +48,4 @@ class Paper:
     published: Mapping[str, Published]
     keys: str
     weights: Mapping[str, str] = field(default_factory=dict)
+    inputs: Callable[[Any, int, torch.Generator], tuple[Tensor, ...]] = pictures

@@ -11,7 +11,6 @@ from compiled_attn.ir.errors import LowerError
 from compiled_attn.runtime import onnx as ours
 from compiled_attn.runtime.capture import capture
 from compiled_attn.runtime.onnx import OnnxFile, export_onnx, run_onnx
-from compiled_attn.zoo import PAPERS
 
 TOLERANCE = 1e-5  # float32, of the largest value
 BATCH = {"x": {0: "batch"}}
@@ -60,22 +59,6 @@ def test_opset_23_holds_attention_as_one_op(tmp_path):
     kinds = [node.op_type for node in onnx.load(file.path).graph.node]
     assert kinds.count("Attention") == 1
     assert "Softmax" not in kinds
-
-
-@pytest.mark.parametrize("paper", ["deit", "evit"])
-def test_a_paper_of_the_zoo_runs_in_onnx_runtime_as_in_eager(paper, tmp_path):
-    import onnx
-
-    record = PAPERS[paper]
-    model = record.model(record.tiny).eval()
-    size = record.tiny.img_size
-    x = torch.randn(2, 3, size, size)
-    file = export_onnx(model, (x,), path=tmp_path / "paper.onnx", dynamic_shapes=BATCH, check=True, tolerance=1e-4)
-    domains = {node.domain for node in onnx.load(file.path).graph.node}
-    assert domains <= {"", "ai.onnx"}
-    x = torch.randn(5, 3, size, size)
-    with torch.no_grad():
-        assert worst(run_onnx(file.path, {"x": x})["output"], model(x)) < TOLERANCE
 
 
 def test_a_program_is_exported_as_it_stands(tmp_path):
