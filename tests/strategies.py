@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import local_strategies
 import torch
 from hypothesis import strategies as st
 
@@ -256,6 +257,7 @@ INPUTS: dict[str, list[Inputs]] = {
         _linear_inputs(LinearSpec(activation="silu", columns=4)),
         _linear_inputs(LinearSpec(activation="gelu_tanh")),
     ],
+    "local_attention": [Inputs(name, spec.make, spec.options) for name, spec in local_strategies.CASES.items()],
 }
 
 
@@ -310,4 +312,5 @@ BAD_INPUTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         (_bad_linear(residual=torch.zeros(4, 10)), "residual and x disagree on the number of rows"),
         (_bad_linear(bias=torch.zeros(10).bfloat16()), "bias holds torch.bfloat16"),
     ],
+    "local_attention": local_strategies.BAD,
 }
