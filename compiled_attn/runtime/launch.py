@@ -43,6 +43,11 @@ def stand_in(op: str, target: targets.Target) -> Callable[..., Any]:
     return partial(_CALLS[op], launches[op], target.name)
 
 
+def register() -> None:
+    """Makes the launches known to torch, as a process must that reads a lowered program."""
+    _operators()
+
+
 @cache
 def _operators() -> dict[str, Any]:
     """The launches as operators, `compiled_attn_triton::<op>`, which take the target's name as an argument."""
