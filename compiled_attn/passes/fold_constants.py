@@ -81,6 +81,7 @@ def fold(edit: Edit, program: Program, growth: float) -> list[tuple[fx.Node, tup
         origins = tuple(o for name in made_from for o in program.origin.get(name, (name,)))
         constant = edit.constant(f"folded.{node.name}", value.contiguous(), made_from=origins)
         edit.replace(node, constant)
+        tensors[constant.name] = value  # a later border may be made from this one
         folded.append((node, made_from))
     return folded
 

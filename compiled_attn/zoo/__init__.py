@@ -8,13 +8,19 @@ from pathlib import Path
 from torch import nn
 
 from compiled_attn.ir.errors import CheckpointError, CompiledAttnError
-from compiled_attn.zoo import deit, evit
+from compiled_attn.zoo import convit, davit, deit, evit, van
 from compiled_attn.zoo.checkpoint import Report, load_checkpoint
 from compiled_attn.zoo.paper import Paper, Published
 
 __all__ = ["PAPERS", "Paper", "Published", "Report", "create", "load_checkpoint", "names"]
 
-PAPERS: dict[str, Paper] = {"deit": deit.PAPER, "evit": evit.PAPER}
+PAPERS: dict[str, Paper] = {
+    "convit": convit.PAPER,
+    "davit": davit.PAPER,
+    "deit": deit.PAPER,
+    "evit": evit.PAPER,
+    "van": van.PAPER,
+}
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

@@ -35,7 +35,8 @@ class Paper:
 
     model builds the network of one Config. published holds the table's rows by variant. keys says what the checkpoints
     are called and hold. weights names, for the variants that this package carries weights for, the file under
-    zoo/weights/. inputs draws arguments for a Config, each with the batch as its first dimension.
+    zoo/weights/. inputs draws arguments for a Config, each with the batch as its first dimension. idle: how the keys of
+    parameters end that no output depends on, by the paper's own equations, each with the reason.
     """
 
     title: str
@@ -49,3 +50,4 @@ class Paper:
     keys: str
     weights: Mapping[str, str] = field(default_factory=dict)
     inputs: Callable[[Any, int, torch.Generator], tuple[Tensor, ...]] = pictures
+    idle: Mapping[str, str] = field(default_factory=dict)

@@ -47,6 +47,20 @@ def test_what_does_not_depend_on_the_input_is_computed_once():
     assert set(changed.origin[next(iter(changed.constants))]) == {"index", "table"}
 
 
+def test_a_constant_made_from_another_that_is_read_too_is_computed_once():
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.row = nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            gate = self.row.sigmoid()
+            return x * gate + (1 - gate)
+
+    _, changed, _, _ = run(Chain(), torch.randn(4, 8))
+    assert ops(changed) == [aten.mul.Tensor, aten.add.Tensor]
+
+
 def test_a_broadcast_is_not_stored():
     class Wide(nn.Module):
         def __init__(self):

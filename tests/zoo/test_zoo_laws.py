@@ -102,6 +102,9 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_all_zero(paper: zoo.
     outputs = [x for x in pytree.tree_leaves(model(*inputs(paper, 2))) if x.requires_grad]
     sum(x.square().sum() for x in outputs).backward()
     for name, parameter in model.named_parameters():
+        if name.endswith(tuple(paper.idle)):  # nothing but rounding may reach it
+            assert parameter.grad is None or parameter.grad.abs().max() < 1e-4, name
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
