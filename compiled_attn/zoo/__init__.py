@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from compiled_attn.ir.errors import CheckpointError, CompiledAttnError
-from compiled_attn.zoo import convit, davit, deit, evit, van
+from compiled_attn.zoo import convit, davit, deit, efficient_probing, evit, van
 from compiled_attn.zoo.checkpoint import Report, load_checkpoint
 from compiled_attn.zoo.paper import Paper, Published
 
@@ -18,6 +18,7 @@ PAPERS: dict[str, Paper] = {
     "convit": convit.PAPER,
     "davit": davit.PAPER,
     "deit": deit.PAPER,
+    "efficient_probing": efficient_probing.PAPER,
     "evit": evit.PAPER,
     "van": van.PAPER,
 }
