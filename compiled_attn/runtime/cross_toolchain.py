@@ -84,12 +84,20 @@ def prepare(folder: Path) -> Path:
     _stub(lib / "libcuda.so", "libcuda.so.1", DRIVER.split())
     if not (TORCH / "lib" / "libtorch_cuda.so").exists():
         _stub(lib / "libtorch_cuda.so", "libtorch_cuda.so", sorted(shim_names()))
-        source = folder / "guard.cpp"
-        source.write_text(GUARD)
-        wanted = ["-std=c++20", "-O1", f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-lc10"]
-        _compile([str(source), *wanted, "-o", str(folder / "libguard.so")])
+        build_guard(folder)
     done.touch()
     return folder
+
+
+def build_guard(folder: Path) -> None:
+    """The device guard for CUDA, for torch's CPU build; needs no header of CUDA. Again is free."""
+    library = folder / "libguard.so"
+    if library.exists():
+        return
+    source = folder / "guard.cpp"
+    source.write_text(GUARD)
+    wanted = ["-std=c++20", "-O1", f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-lc10"]
+    _compile([str(source), *wanted, "-o", str(library)])
 
 
 def install_guard(folder: Path) -> None:
