@@ -1,13 +1,17 @@
-"""Profiles of hypothesis, quiet logs, and the time budget that the suite holds itself to."""
+"""Profiles of hypothesis, quiet logs, a cache folder for each run, and the time budget that the suite keeps."""
 
 import os
 import sys
+import tempfile
 import time
 import warnings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+else:  # measurements and packages of this run alone; the workers inherit it
+    CACHE = tempfile.TemporaryDirectory(prefix="compiled_attn-tests-", ignore_cleanup_errors=True)
+    os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 import pytest
 import torch

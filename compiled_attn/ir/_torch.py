@@ -5,13 +5,16 @@ Contract tests in tests/ir/test_torch.py hold each function to what it promises 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx
@@ -135,7 +138,68 @@ def aoti_package(exported: torch.export.ExportedProgram, path: str, options: dic
     """Compiles an exported program with AOTInductor into a `.pt2` at `path`; returns the path."""
     import torch._inductor
 
-    return torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
+    with _objects_side_by_side(), _convolutions_of_any_batch():
+        return torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
+
+
+@contextmanager
+def _objects_side_by_side() -> Iterator[None]:
+    """AOTInductor compiles its wrapper and its kernels one after the other; here the wrapper's compiler runs beside."""
+    from torch._inductor.cpp_builder import CppBuilder
+
+    build = CppBuilder.build
+    waiting: list[Future[None]] = []
+
+    def wait() -> None:
+        while waiting:
+            waiting.pop().result()
+
+    def beside(self: Any) -> None:
+        if getattr(self, "_name", "").endswith(".wrapper") and getattr(self._build_option, "_compile_only", False):
+            waiting.append(pool.submit(build, self))
+            return
+        if not getattr(self._build_option, "_compile_only", False):
+            wait()  # what is linked must be there
+        build(self)
+
+    with ThreadPoolExecutor(1) as pool, patch.object(CppBuilder, "build", beside):
+        yield
+        wait()
+
+
+@contextmanager
+def _convolutions_of_any_batch() -> Iterator[None]:
+    """On one thread, torch picks the kernel of a 1x1 convolution by its batch, which would bound a symbolic batch to 15.
+
+    Here it picks as it does on two threads; the choice serves only to foretell the memory format of a fake result.
+    """
+    pick = torch._C._select_conv_backend
+
+    def as_on_two_threads(*args: Any, **kwargs: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(2, threads))
+        try:
+            return pick(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    with patch.object(torch._C, "_select_conv_backend", as_on_two_threads):
+        yield
+
+
+def inductor_state() -> str:
+    """Digest of Inductor's whole configuration, as far as it can change generated code."""
+    from torch._inductor import config
+
+    told = {**config.save_config_portable(), "aot_inductor.metadata": None}  # a build leaves its metadata there
+    return hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()
+
+
+def size_hints(shape_env: Any) -> str:
+    """The sizes that the symbols stood for at capture; heuristics may read them."""
+    name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"  # the latter until 2.12
+    found = getattr(shape_env, name, {})
+    return str(sorted((str(k), str(v)) for k, v in found.items()))
 
 
 def aoti_load(path: str) -> Any:

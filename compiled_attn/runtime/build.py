@@ -22,7 +22,7 @@ from compiled_attn.ops.templates.base import templates_in_package
 from compiled_attn.passes import pipelines
 from compiled_attn.passes.base import Pass, PassRecord, run_passes
 from compiled_attn.passes.cast_boundary import CastBoundary
-from compiled_attn.runtime import measure
+from compiled_attn.runtime import measure, package_cache
 from compiled_attn.runtime.capture import capture
 
 PRECISIONS = {None: None, "float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +93,10 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
 
 
 def build_package(build: Build, path: str | Path) -> Path:
-    """Lowers a prepared program and compiles it with AOTInductor into a raw `.pt2` at `path`."""
+    """Lowers a prepared program and compiles it with AOTInductor into a raw `.pt2` at `path`.
+
+    A package of the same program, weights and circumstances that was built before is taken from disk instead.
+    """
     from compiled_attn.runtime import lower
 
     settings = build.settings
@@ -102,6 +105,11 @@ def build_package(build: Build, path: str | Path) -> Path:
     began = time.perf_counter()
     program = lower.lower(build.program, settings.target, build.notes, strict=settings.strict)
     options = lower.inductor_config(settings.target, program)
+    key = package_cache.key_of(program, options)
+    if key is not None and package_cache.fetch(key, Path(path)):
+        build.seconds["fetched"] = time.perf_counter() - began
+        _hold_to_templates(build, Path(path))
+        return Path(path)
     try:
         with torch.no_grad():
             found = _torch.aoti_package(program.to_exported(), str(path), options)
@@ -114,6 +122,8 @@ def build_package(build: Build, path: str | Path) -> Path:
         ) from error
     build.seconds["inductor"] = time.perf_counter() - began
     _hold_to_templates(build, Path(found))
+    if key is not None:
+        package_cache.keep(key, Path(found))
     return Path(found)
 
 
