@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 from compiled_attn.ir import machine
+from compiled_attn.ops.local_geometry import Axis
 from compiled_attn.ops.templates.base import KERNELS
+from compiled_attn.ops.templates.cpp_local_attention import axis_numbers, tables
 
 SOURCE = Path(__file__).parent / "cpp" / "library.cpp"
 BIAS_KINDS = {None: 0, torch.float32: 1, torch.bfloat16: 2}
@@ -148,6 +150,43 @@ def select_tokens(
         longs([*x.stride()[:2], *score.stride(), *out]),
         int(fuse),
         *(pointer(t) for t in (x, score, tokens, index)),
+    )
+
+
+def local_attention(
+    variant: Variant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    relative: torch.Tensor | None,
+    out: torch.Tensor,
+    axes: tuple[Axis, ...],
+    scale: float,
+) -> None:
+    """Fills `out` [B, *L, H, Dv]; every tensor is read or written by its strides."""
+    rank, missing = len(axes), 3 - len(axes)
+    rows = [(1, 1, Axis(1))] * missing + list(zip(q.shape[1:-2], k.shape[1:-2], axes, strict=True))
+    numbers = [n for queries, keys, a in rows for n in (queries, keys, *axis_numbers(a))]
+    strides = []
+    for t in (q, k, v, out, relative):
+        own = t.stride() if t is not None else (0,) * (rank + 2)
+        strides += [own[0], *[0] * missing, *own[1 : 1 + rank], own[1 + rank]]
+    own = bias.stride() if bias is not None else (0,) * (rank + 1)
+    strides += [own[0], *[0] * missing, *own[1:]]
+    library(variant).call_local_attention(
+        int(q.dtype == torch.bfloat16),
+        longs([q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1]]),
+        longs(numbers),
+        longs(strides),
+        longs(tables(axes)),
+        ctypes.c_float(scale),
+        *(pointer(t) for t in (q, k, v)),
+        pointer(bias),
+        BIAS_KINDS[None if bias is None else bias.dtype],
+        pointer(relative),
+        BIAS_KINDS[None if relative is None else relative.dtype],
+        pointer(out),
     )
 
 
