@@ -51,7 +51,7 @@ def key_of(program: Program, options: Mapping[str, Any]) -> str | None:
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.device.type != "cpu":
             return None
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}\0".encode())
-        digest.update(memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
