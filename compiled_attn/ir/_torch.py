@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -169,21 +169,20 @@ def _objects_side_by_side() -> Iterator[None]:
 
 @contextmanager
 def _convolutions_of_any_batch() -> Iterator[None]:
-    """On one thread, torch picks the kernel of a 1x1 convolution by its batch, which would bound a symbolic batch to 15.
+    """torch picks the kernel of a 1x1 convolution by its batch, which would bound a symbolic batch to 15.
 
-    Here it picks as it does on two threads; the choice serves only to foretell the memory format of a fake result.
+    Here it picks by the sizes of the example; the choice serves only to foretell the memory format of a fake result.
     """
     pick = torch._C._select_conv_backend
 
-    def as_on_two_threads(*args: Any, **kwargs: Any) -> Any:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(2, threads))
-        try:
-            return pick(*args, **kwargs)
-        finally:
-            torch.set_num_threads(threads)
+    def at_hand(size: Any) -> int:
+        return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
-    with patch.object(torch._C, "_select_conv_backend", as_on_two_threads):
+    def by_the_example(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes, strides = [at_hand(s) for s in x.shape], [at_hand(s) for s in x.stride()]
+        return pick(torch.empty_strided(sizes, strides, dtype=x.dtype, device=x.device), *args, **kwargs)
+
+    with patch.object(torch._C, "_select_conv_backend", by_the_example):
         yield
 
 
