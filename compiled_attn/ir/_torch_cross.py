@@ -48,6 +48,11 @@ class Kernel:
     shared: int
     warps: int
 
+    @property
+    def needs(self) -> str:
+        """Its machine code's figures as text."""
+        return f"{self.registers} registers, {self.spills} B spilled, {self.shared / 1024:.1f} KiB shared"
+
 
 @dataclass
 class Cross:
@@ -335,6 +340,7 @@ def _triton_driver(stack: contextlib.ExitStack, cross: Cross) -> None:
 
 
 def _autotuning(stack: contextlib.ExitStack, cross: Cross) -> None:
+    from torch._inductor import config
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
@@ -351,7 +357,10 @@ def _autotuning(stack: contextlib.ExitStack, cross: Cross) -> None:
             assembly = tuner.launchers[index].bin.asm
             cross.code[found[index].name] = {"cubin": assembly["cubin"], "ptx": assembly["ptx"].encode()}
             if tuner.launchers[index].store_cubin:
-                tuner.save_gpu_kernel("stream0", tuner.launchers[index])
+                # Where only sources are packaged, Inductor names a cubin by its function: two specialisations of one
+                # kernel would be one file. Named by their content they stay two.
+                with config.patch("aot_inductor.package_cpp_only", False):
+                    tuner.save_gpu_kernel("stream0", tuner.launchers[index])
 
     _set(stack, PythonWrapperCodegen, generate_and_run_autotune_block=compile_and_choose)
 

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from compiled_attn.ir.errors import ContractError
 from compiled_attn.ir.program import Program
 from compiled_attn.ir.targets import Target
 from compiled_attn.runtime import archive, contract, describe, package
-from compiled_attn.runtime.contract import Contract, MemberSpec, PassRecord
+from compiled_attn.runtime.contract import Contract, MemberSpec, Needs, PassRecord
 from compiled_attn.runtime.host import needs_of
 
 
@@ -43,16 +43,19 @@ def write_artifact(
     target: Target,
     *,
     passes: Sequence[PassRecord] = (),
+    needs: Needs | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> Artifact:
     """Writes the artifact of a raw package that AOTInductor made of a program on this machine.
 
-    call: how it is called, or the program to read that from.  The file appears at once or not at all.
+    call: how it is called, or the program to read that from.  needs: the machine it runs on, where that is not this one.
+    versions: of what took part beside torch.  The file appears at once or not at all.
     Raises ContractError where the package contradicts the contract, or the file can not be written.
     """
     path = Path(path)
     if isinstance(call, Program):
         call = describe.call_of(call)
-    stated = Contract(call, needs_of(target), _versions(target), tuple(passes))
+    stated = Contract(call, needs or needs_of(target), versions_of(target, versions), tuple(passes))
     members = _stamped(_raw_members(Path(raw)), stated.stamp())
     specs = tuple(MemberSpec(n, len(b), hashlib.sha256(b).hexdigest()) for n, b in members)
     stated = replace(stated, members=specs)
@@ -91,8 +94,11 @@ def _stamped(members: Sequence[tuple[str, bytes]], stamp: str) -> list[tuple[str
     return marked
 
 
-def _versions(target: Target) -> dict[str, str]:
+def versions_of(target: Target, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What takes part in a build here. more: in place of torch's CUDA, where another made the machine code."""
     versions = {"compiled_attn": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    if more is not None:
+        return versions | more
     if target.kind == "cuda":
         versions["cuda"] = str(torch.version.cuda)
     return versions

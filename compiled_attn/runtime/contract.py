@@ -1,6 +1,6 @@
 """The contract of an artifact: what it takes, gives, needs and consists of, as canonical JSON inside the package.
 
-    {"call": {...}, "contract_version": 1, "members": [...], "passes": [...], "target": {...}, "versions": {...}}
+    {"call": {...}, "contract_version": 2, "members": [...], "passes": [...], "target": {...}, "versions": {...}}
 
 Canonical: keys sorted, no spaces, ASCII, each key once; a contract written otherwise is refused. The C++ runner
 (runtime/cpp) reads the same form under the same rules; where one of the two changes, so does the other.
@@ -19,12 +19,13 @@ from compiled_attn.ir.errors import ContractError
 from compiled_attn.runtime import expr as ex
 from compiled_attn.runtime.expr import Expr
 
-VERSION = 1
+VERSION = 2
 MEMBER = "model/extra/compiled_attn_contract.json"
 INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
 DTYPES = frozenset({*INTEGERS, "float16", "bfloat16", "float32", "float64", "complex64", "complex128"})
 HEX = re.compile(r"[0-9a-f]{64}\Z")
 MAX_RANK = 32
+NATIVE, CROSS = "built on its target", "cross-compiled, not run on the target"
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Needs:
-    """The machine an artifact was built for. isa: instruction set extensions, in the kernel's spelling, sorted."""
+    """The machine an artifact was built for. isa: instruction set extensions, in the kernel's spelling, sorted.
+
+    A GPU's compute capability stands there as sm_80.  origin: NATIVE, or CROSS, where no such GPU was at hand.
+    """
 
     name: str
     device: str
     platform: str
     machine: str
     isa: tuple[str, ...]
+    origin: str = NATIVE
 
 
 @dataclass(frozen=True)
@@ -349,13 +354,17 @@ class _Reader:
         return guard
 
     def needs(self, value: Any) -> Needs:
-        device, isa, machine, name, platform = self.record(value, "target", "device isa machine name platform")
+        keys = "device isa machine name origin platform"
+        device, isa, machine, name, origin, platform = self.record(value, "target", keys)
+        if origin not in (NATIVE, CROSS):
+            self.fail("target.origin", f"is neither '{NATIVE}' nor '{CROSS}'")
         return Needs(
             name=self.text(name, "target.name"),
             device=self.text(device, "target.device"),
             platform=self.text(platform, "target.platform"),
             machine=self.text(machine, "target.machine"),
             isa=tuple(self.text(v, p) for v, p in self.items(isa, "target.isa")),
+            origin=origin,
         )
 
     def pass_record(self, value: Any, path: str) -> PassRecord:

@@ -55,6 +55,32 @@ def wanted(target: Target) -> bool:
     return target.kind == "cuda" and all(gpu.sm != target.sm for gpu in machine.here().gpus)
 
 
+def is_sources(path: str | Path) -> bool:
+    """Whether a path asks for the package of sources."""
+    return Path(path).suffix == ".zip"
+
+
+def require_possible(target: Target, path: str | Path) -> None:
+    """Raises TargetError, before any work, where a build for `target` at `path` can not be made here."""
+    if target.kind != "cuda" and is_sources(path):
+        raise TargetError(
+            f"there is no package of sources for {target.name}",
+            where=str(path),
+            facts="a .zip holds the sources and kernels of a build for a GPU; this target is a CPU",
+            do="give a path that ends in .pt2",
+        )
+    if not wanted(target) and not is_sources(path):
+        return
+    require_verified(target)
+    if target.arch not in ("", "x86_64") and not is_sources(path):
+        raise TargetError(
+            f"the host of {target.name} is {target.arch}, a .pt2 from here holds code for x86_64",
+            where=str(path),
+            facts=f"its GPU's kernels can be made here, the library around them has to be compiled on {target.arch}",
+            do=f"give a path that ends in .zip, and run `compiled-attn finish` on the {target.name}",
+        )
+
+
 def require_verified(target: Target) -> None:
     """Raises TargetError where this torch, or this host, is none on which cross builds have been verified."""
     release = torch.__version__.split("+")[0]

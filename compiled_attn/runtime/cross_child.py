@@ -104,7 +104,11 @@ def _options(job: dict[str, Any], *, sources: bool) -> dict[str, Any]:
         "aot_inductor.emit_multi_arch_kernel": False,
     }
     if sources:
-        options |= {"aot_inductor.package_cpp_only": True, "aot_inductor.force_mmap_weights": True}
+        options |= {
+            "aot_inductor.package_cpp_only": True,
+            "aot_inductor.force_mmap_weights": True,
+            "cpp.simdlen": 1,  # plain loops: the host is another processor
+        }
     return options
 
 

@@ -84,6 +84,7 @@ def text(contract: Contract) -> str:
         f"pass     {p.name:<20} " + ", ".join(f"{k}={v!r}" for k, v in p.options.items()) for p in contract.passes
     ]
     lines += [f"target   {target.name:<20} {target.device}, {target.platform} {target.machine}, {' '.join(target.isa)}"]
+    lines += [f"origin   {target.origin}"]
     lines += [f"version  {k:<20} {v}" for k, v in contract.versions.items()]
     lines += [f"member   {m.size:>12} B  {m.sha256[:16]}  {m.name}" for m in contract.members]
     return "\n".join(line.rstrip() for line in lines)

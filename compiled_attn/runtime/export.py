@@ -13,9 +13,13 @@ from torch import nn
 from compiled_attn.ir.errors import PassError
 from compiled_attn.ir.targets import Target
 from compiled_attn.passes.base import Pass
-from compiled_attn.runtime import describe
+from compiled_attn.runtime import cross, cross_sources, describe
 from compiled_attn.runtime.artifact import Artifact, write_artifact
 from compiled_attn.runtime.build import Build, Settings, build_package, prepare
+from compiled_attn.runtime.contract import CROSS, Call
+from compiled_attn.runtime.cross_attention import fuse_attention
+from compiled_attn.runtime.host import needs_of
+from compiled_attn.runtime.lower import lower
 from compiled_attn.runtime.onnx import OnnxFile, export_onnx
 
 
@@ -34,11 +38,14 @@ def export(
 ) -> Artifact | OnnxFile:
     """Compiles `model` into an artifact at `path` that `compiled_attn.load` and the C++ runner run without the model.
 
+    target: a GPU that this machine does not have is built for all the same (runtime/cross.py); the contract then says
+    "cross-compiled, not run on the target". A path that ends in `.zip` gets sources, cubins and PTX to be built on the
+    target's own host (runtime/cross_sources.py), which a target with another processor (orin) needs.
     A path that ends in `.onnx` gives an ONNX file instead (runtime/onnx.py): vocabulary ops by their decompositions,
     checked against the model in ONNX Runtime where that is installed; target, strict and tune do not apply to it.
 
     args, kwargs: example inputs. Dimensions are fixed but for those in dynamic_shapes (as `compile` takes it).
-    target, precision, passes, strict, tune: as for `compile`.
+    precision, passes, strict, tune: as for `compile`.
     Tensors that the model writes into must be its inputs (state); a buffer that it writes into is an error.
     Raises CaptureError, PassError, TargetError, LowerError or ContractError, each in four parts.
     """
@@ -52,6 +59,7 @@ def export(
         strict=strict,
         tune=tune,
     )
+    cross.require_possible(settings.target, path)
     return export_build(prepare(model, args, kwargs, settings), path)
 
 
@@ -79,6 +87,25 @@ def export_build(build: Build, path: str | Path) -> Artifact:
     """The artifact of a prepared program: compiled, described and written."""
     settings = build.settings
     call = describe.call_of(build.program, dynamic_shapes=settings.dynamic_shapes)
+    if cross.wanted(settings.target) or cross.is_sources(path):
+        return _export_cross(build, call, path)
     with tempfile.TemporaryDirectory(prefix="compiled_attn-") as folder:
         raw = build_package(build, Path(folder) / "model.pt2")
         return write_artifact(path, raw, call, settings.target, passes=describe.passes_of(build))
+
+
+def _export_cross(build: Build, call: Call, path: str | Path) -> Artifact:
+    """The artifact, or the sources, of a prepared program for a GPU that is not here."""
+    target, sources = build.settings.target, cross.is_sources(path)
+    call = cross.call_on_cuda(call)
+    program = lower(build.program, target, build.notes, strict=build.settings.strict)
+    program = fuse_attention(program, target, build.notes, strict=build.settings.strict)
+    with cross.built(program, call, target, sources=sources) as product:
+        build.seconds.update(product.seconds)
+        for kernel in product.kernels:
+            build.notes.did(kernel.name, "kernel", kernel.config, kernel.needs)
+        passes = describe.passes_of(build)
+        if sources:
+            return cross_sources.write_sources(path, product, call, target, passes=passes)
+        needs = needs_of(target, host_march=cross.MARCH, origin=CROSS)
+        return write_artifact(path, product.package, call, target, passes=passes, needs=needs, versions=product.versions)

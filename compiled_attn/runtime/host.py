@@ -8,7 +8,7 @@ import sys
 from compiled_attn.ir import machine, targets
 from compiled_attn.ir.errors import ContractError
 from compiled_attn.ir.targets import Target
-from compiled_attn.runtime.contract import Needs
+from compiled_attn.runtime.contract import NATIVE, Needs
 
 # What a compiler told -march=native uses by itself, or Inductor's kernels by intrinsics; names of /proc/cpuinfo.
 _X86 = (
@@ -27,17 +27,19 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 LEVELS = {"x86-64-v2": _V2, "x86-64-v3": _V3, "x86-64-v4": _V4}
 
 
-def needs_of(target: Target) -> Needs:
+def needs_of(target: Target, *, host_march: str = "", origin: str = NATIVE) -> Needs:
     """What code needs that was compiled here for `target`, by the rules of `lower.inductor_config`.
 
     For this machine's own processor that is all it has (-march=native), for a psABI level what the level holds.
+    host_march: for a GPU target, the psABI level of its host code; this machine's own processor where it is not given.
     """
-    is_native = target.kind == "cuda" or target.march == targets.load("cpu").march
+    march = host_march or target.march
+    is_native = not march if target.kind == "cuda" else march == targets.load("cpu").march
     every = machine.here().flags & COMPILED
-    flags = set(every if is_native else LEVELS.get(target.march, every))
+    flags = set(every if is_native else LEVELS.get(march, every))
     if target.kind == "cuda":
         flags.add(f"sm_{target.sm}")
-    return Needs(target.name, target.kind, sys.platform, platform.machine(), tuple(sorted(flags)))
+    return Needs(target.name, target.kind, sys.platform, platform.machine(), tuple(sorted(flags)), origin)
 
 
 def require_machine(needs: Needs, where: str) -> None:
@@ -63,13 +65,36 @@ def require_machine(needs: Needs, where: str) -> None:
         _require_gpu(needs, found, where)
 
 
+def capability_of(needs: Needs) -> int:
+    """The compute capability that the artifact's machine code is for (80 for 8.0); 0 where it names none."""
+    return next((int(f[3:]) for f in needs.isa if f.startswith("sm_") and f[3:].isdigit()), 0)
+
+
 def _require_gpu(needs: Needs, found: machine.Machine, where: str) -> None:
-    wanted = next((int(f[3:]) for f in needs.isa if f.startswith("sm_") and f[3:].isdigit()), 0)
-    if any(g.sm // 10 == wanted // 10 and g.sm >= wanted for g in found.gpus):
+    wanted = capability_of(needs)
+    if any(gpu.sm == wanted for gpu in found.gpus):
         return
+    gpus = ", ".join(f"{gpu.name} (compute capability {gpu.sm / 10})" for gpu in found.gpus)
     raise ContractError(
         "the artifact needs a GPU that is not here",
         where=where,
-        facts=f"it needs compute capability {wanted / 10}; here are {', '.join(g.name for g in found.gpus) or 'none'}",
-        do="run it on such a GPU, or export the model for target='cpu'",
+        facts=f"it is for {needs.name}, compute capability {wanted / 10}; here {f'is {gpus}' if gpus else 'is no GPU'}",
+        do="run it on such a GPU, or export the model for what is here (target='auto')",
+    )
+
+
+def require_device(needs: Needs, index: int, where: str) -> None:
+    """Raises ContractError where the GPU of that index is another one than the artifact's machine code is for.
+
+    Its kernels' shared memory was chosen for that GPU, so a close relative that could run the code is refused as well.
+    """
+    gpus, wanted = machine.here().gpus, capability_of(needs)
+    if index < len(gpus) and gpus[index].sm == wanted:
+        return
+    there = f"{gpus[index].name} (compute capability {gpus[index].sm / 10})" if index < len(gpus) else "not there"
+    raise ContractError(
+        "the artifact was built for another GPU",
+        where=where,
+        facts=f"it is for {needs.name}, compute capability {wanted / 10}; cuda:{index} is {there}",
+        do="give device= a GPU of that kind, or export the model for this one",
     )

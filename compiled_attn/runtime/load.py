@@ -19,7 +19,7 @@ from compiled_attn.ir.errors import ContractError
 from compiled_attn.runtime import archive, contract, package
 from compiled_attn.runtime.call import Caller
 from compiled_attn.runtime.contract import Contract
-from compiled_attn.runtime.host import require_machine
+from compiled_attn.runtime.host import require_device, require_machine
 
 _CONSTRUCTION = threading.Lock()  # torch's loader may not be constructed by two threads at once
 
@@ -62,6 +62,8 @@ def load(
     path = Path(path)
     contents = _checked(path, _bytes_of(path, expect_sha256), torch.__version__)
     where = _device(contents.contract, device, path)
+    if where.type == "cuda":
+        require_device(contents.contract.target, where.index, str(path))
     if threads is not None:
         if threads < 1:
             raise ContractError(

@@ -152,6 +152,8 @@ def _compare_metadata(contract: Contract, facts: PackageFacts, where: str) -> No
         "AOTI_MACHINE": target.machine,
         STAMP: contract.stamp(),
     }
+    if target.device == "cuda":
+        stated["AOTI_COMPUTE_CAPABILITY"] = next((f[3:] for f in target.isa if f.startswith("sm_")), "none")
     for key, value in stated.items():
         if said.get(key) != value:
             raise _clash(where, f"{key} {value}", f"{key} {said.get(key, 'nothing')}")

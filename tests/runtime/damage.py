@@ -138,7 +138,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "the contract edited": (_edited_alone, "the contract does not match the digest in the archive"),
     "another contract version": (
-        forged(set_at("contract_version", 2)),
+        forged(set_at("contract_version", 3)),
         "the contract has a version that this library does not know",
     ),
     "a field missing": (forged(lambda c: c.pop("passes")), FORM),
@@ -151,6 +151,8 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a forged size": (forged(set_at("call", "inputs", 0, "shape", 1, 9), restamp=True), CLASH),
     "a forged dtype, restamped": (forged(set_at("call", "inputs", 0, "dtype", "float64"), restamp=True), CLASH),
     "a forged rank, restamped": (forged(set_at("call", "inputs", 0, "order", [0]), restamp=True), FORM),
+    "an unknown origin, restamped": (forged(set_at("target", "origin", "run on the target"), restamp=True), FORM),
+    "another origin": (forged(set_at("target", "origin", "cross-compiled, not run on the target")), CLASH),
     "a forged structure, restamped": (forged(set_at("call", "in_tree", "[1, {}]"), restamp=True), CLASH),
     "an input less, restamped": (forged(lambda c: c["call"]["inputs"].pop(0), restamp=True), CLASH),
     "a constant less, restamped": (forged(lambda c: c["call"]["inputs"].pop(), restamp=True), CLASH),

@@ -110,14 +110,14 @@ def test_a_text_that_is_not_canonical_json_is_refused(data):
 
 
 def test_a_key_that_comes_twice_is_refused():
-    doubled = TEXT.replace(b'"contract_version":1', b'"contract_version":1,"contract_version":1')
+    doubled = TEXT.replace(b'"contract_version":2', b'"contract_version":2,"contract_version":2')
     with pytest.raises(ContractError, match="canonical"):
         read(doubled)
 
 
 def test_an_unknown_version_is_refused_before_its_fields_are_read():
     with pytest.raises(ContractError, match="version that this library does not know"):
-        read(contract.canonical({"contract_version": 2, "other": 1}))
+        read(contract.canonical({"contract_version": 3, "other": 1}))
 
 
 def _put(path, value):
@@ -158,6 +158,7 @@ BAD_FIELDS = {
     ("passes", 0, "options"): [[], None],
     ("versions", "torch"): [2, None],
     ("target", "isa"): ["avx2", [1]],
+    ("target", "origin"): ["cross-compiled", "", None, 3],
     ("target", "extra"): [1],
 }
 

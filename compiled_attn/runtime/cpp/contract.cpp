@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
+const std::string kNative = "built on its target", kCross = "cross-compiled, not run on the target";
 constexpr size_t kMaxRank = 32;
 const std::set<std::string> kDtypes = {
     "bool", "uint8", "int8", "int16", "int32", "int64",
@@ -211,10 +212,14 @@ class Reader {
   }
 
   void target(const Json& value, Contract& out) const {
-    auto f = record(value, "target", {"device", "isa", "machine", "name", "platform"});
+    auto f = record(value, "target", {"device", "isa", "machine", "name", "origin", "platform"});
     out.device = text(*f[0], "target.device"), out.isa = texts(*f[1], "target.isa");
     out.machine = text(*f[2], "target.machine"), out.target = text(*f[3], "target.name");
-    out.platform = text(*f[4], "target.platform");
+    out.platform = text(*f[5], "target.platform");
+    out.origin = f[4]->kind == Json::Kind::string ? f[4]->text : "";
+    if (out.origin != kNative && out.origin != kCross) {
+      fail("target.origin", "is neither '" + kNative + "' nor '" + kCross + "'");
+    }
   }
 
   MemberSpec member(const Json& value, const std::string& path) const {

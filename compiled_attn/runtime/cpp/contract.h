@@ -37,7 +37,7 @@ struct Contract {
   std::map<std::string, Range> symbols;
   std::vector<Expr> guards;
   std::string in_tree, out_tree;
-  std::string target, device, platform, machine;
+  std::string target, device, platform, machine, origin;
   std::vector<std::string> isa;
   std::map<std::string, std::string> versions;
   std::vector<MemberSpec> members;

@@ -6,6 +6,7 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
+#include <dlfcn.h>
 #include <sys/utsname.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/headeronly/version.h>
@@ -195,6 +196,34 @@ void require_machine(const Contract& contract, const std::string& where) {
   }
 }
 
+// A device's compute capability as "sm_80", by the driver; empty where it does not tell.
+std::string capability_of(int device) {
+  using Init = int (*)(unsigned);
+  using Attribute = int (*)(int*, int, int);
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  auto init = driver ? reinterpret_cast<Init>(dlsym(driver, "cuInit")) : nullptr;
+  auto attribute = driver ? reinterpret_cast<Attribute>(dlsym(driver, "cuDeviceGetAttribute")) : nullptr;
+  int major = 0, minor = 0; // attributes 75 and 76 of the driver's interface
+  if (!init || !attribute || init(0) || attribute(&major, 75, device) || attribute(&minor, 76, device)) return "";
+  return "sm_" + std::to_string(major * 10 + minor);
+}
+
+// Machine code runs on the compute capability it was made for, with the shared memory that its launches were chosen for.
+void require_capability(const Contract& contract, const c10::Device& device, const std::string& where) {
+  if (contract.device != "cuda") return;
+  std::string found = capability_of(device.has_index() ? device.index() : 0), wanted;
+  for (const std::string& flag : contract.isa) {
+    if (flag.rfind("sm_", 0) == 0) wanted = flag;
+  }
+  if (found == wanted) return;
+  throw ContractError(
+      "the artifact was built for another GPU",
+      where,
+      "it needs " + (wanted.empty() ? "none that it names" : wanted) + " (" + contract.target + "); " + device.str() +
+          " is " + (found.empty() ? "unknown to the driver" : found),
+      "export the model for this GPU, or give --device one of the other kind");
+}
+
 c10::Device device_of(const Contract& contract, const Options& options) {
   std::string wanted = options.device.empty() ? contract.device : options.device;
   std::string kind = wanted.substr(0, wanted.find(':'));
@@ -283,6 +312,7 @@ void print_info(const Contract& contract) {
   for (const Expr& guard : contract.guards) std::printf("guard    %s\n", text(guard).c_str());
   std::string isa;
   for (const std::string& flag : contract.isa) isa += " " + flag;
+  std::printf("origin   %s\n", contract.origin.c_str());
   std::printf(
       "target   %-20s %s, %s %s,%s\n", contract.target.c_str(), contract.device.c_str(), contract.platform.c_str(),
       contract.machine.c_str(), isa.c_str());
@@ -346,6 +376,7 @@ void run(const Options& options) {
   require_machine(contract, options.path);
   compare_package(contract, archive, options.path);
   c10::Device device = device_of(contract, options);
+  require_capability(contract, device, options.path);
   Sizes sizes;
   std::vector<at::Tensor> inputs = check_inputs(contract, read_inputs(contract, options), options.path, sizes);
   double checked = milliseconds(began);

@@ -167,11 +167,15 @@ Facts facts_of(const Archive& archive, const std::string& where) {
 }
 
 void compare_metadata(const Contract& contract, const Facts& facts, const std::string& where) {
-  const std::pair<std::string, std::string> stated[] = {
+  std::vector<std::pair<std::string, std::string>> stated = {
       {"AOTI_DEVICE_KEY", contract.device},
       {"AOTI_PLATFORM", contract.platform},
       {"AOTI_MACHINE", contract.machine},
       {kStamp, contract.stamp}};
+  if (contract.device == "cuda") {
+    auto sm = std::find_if(contract.isa.begin(), contract.isa.end(), [](const std::string& f) { return f.rfind("sm_", 0) == 0; });
+    stated.emplace_back("AOTI_COMPUTE_CAPABILITY", sm == contract.isa.end() ? "none" : sm->substr(3));
+  }
   for (const auto& [key, value] : stated) {
     auto said = facts.metadata.find(key);
     if (said == facts.metadata.end() || said->second != value) {
