@@ -189,6 +189,6 @@ PAPER = Paper(
         "vit_ti_160_ep_q8_d2": Published(5_529_541),
         **{f"vit_b_{name}": Published(BACKBONE_B + count) for name, count in HEADS.items()},
     },
-    keys="MAE's and timm's ViT; head.0 (pooling), head.1 (norm), head.2 (classifier), which released EP heads hold alone",
+    keys="MAE's and timm's ViT; head.0 (pooling), head.1 (norm), head.2 (classifier); released EP heads: head alone",
     idle={"norm.weight": "the probe reads the tokens before the final norm", "norm.bias": "as norm.weight"},
 )
