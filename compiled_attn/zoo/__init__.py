@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from compiled_attn.ir.errors import CheckpointError, CompiledAttnError
-from compiled_attn.zoo import convit, davit, deit, efficient_probing, evit, van
+from compiled_attn.zoo import convit, davit, deit, efficient_probing, evit, focalnet, pyramid_tnt, sasrec, tnt, van
 from compiled_attn.zoo.checkpoint import Report, load_checkpoint
 from compiled_attn.zoo.paper import Paper, Published
 
@@ -20,6 +20,10 @@ PAPERS: dict[str, Paper] = {
     "deit": deit.PAPER,
     "efficient_probing": efficient_probing.PAPER,
     "evit": evit.PAPER,
+    "focalnet": focalnet.PAPER,
+    "pyramid_tnt": pyramid_tnt.PAPER,
+    "sasrec": sasrec.PAPER,
+    "tnt": tnt.PAPER,
     "van": van.PAPER,
 }
 
