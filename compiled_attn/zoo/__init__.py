@@ -8,7 +8,19 @@ from pathlib import Path
 from torch import nn
 
 from compiled_attn.ir.errors import CheckpointError, CompiledAttnError
-from compiled_attn.zoo import convit, davit, deit, efficient_probing, evit, focalnet, pyramid_tnt, sasrec, tnt, van
+from compiled_attn.zoo import (
+    convit,
+    davit,
+    deit,
+    efficient_probing,
+    evit,
+    focalnet,
+    pyramid_tnt,
+    sasrec,
+    spartan,
+    tnt,
+    van,
+)
 from compiled_attn.zoo.checkpoint import Report, load_checkpoint
 from compiled_attn.zoo.paper import Paper, Published
 
@@ -23,6 +35,7 @@ PAPERS: dict[str, Paper] = {
     "focalnet": focalnet.PAPER,
     "pyramid_tnt": pyramid_tnt.PAPER,
     "sasrec": sasrec.PAPER,
+    "spartan": spartan.PAPER,
     "tnt": tnt.PAPER,
     "van": van.PAPER,
 }
