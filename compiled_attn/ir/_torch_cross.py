@@ -429,6 +429,25 @@ def _weights_fit() -> str | None:
     return None if len(taken) == 2 else f"is_same_tensor now takes {', '.join(taken)}"
 
 
+def _convolutions(stack: contextlib.ExitStack, cross: Cross) -> None:
+    from torch._prims_common import suggest_memory_format
+
+    del cross
+    format_before = torch._C._conv_determine_backend_memory_format
+
+    def format_of(x: torch.Tensor, weight: torch.Tensor, backend: Any) -> torch.memory_format:
+        """Where cuDNN's result lies: channels last if either operand does, but for float64."""
+        if x.device.type != "cuda":
+            return format_before(x, weight, backend)
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        if last is None or torch.float64 in (x.dtype, weight.dtype):
+            return torch.contiguous_format
+        found = {suggest_memory_format(x), suggest_memory_format(weight)}
+        return last if last in found else torch.contiguous_format
+
+    _set(stack, torch._C, _conv_determine_backend_memory_format=format_of)
+
+
 _CUDA = (
     "is_available device_count current_device synchronize get_device_properties get_device_capability "
     "_exchange_device _maybe_exchange_device get_rng_state set_rng_state"
@@ -493,5 +512,13 @@ PATCHES = (
         ),
         _weights,
         _weights_fit,
+    ),
+    Patch(
+        "convolutions",
+        "torch's CPU build has no cuDNN, so it says that a convolution's result is contiguous where cuDNN's is channels "
+        "last; code built on that reads the wrong elements",
+        "at::cudnn_conv_suggest_memory_format, which the CUDA build asks",
+        ("torch._C._conv_determine_backend_memory_format", "torch._prims_common.suggest_memory_format"),
+        _convolutions,
     ),
 )
