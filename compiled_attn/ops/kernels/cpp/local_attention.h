@@ -5,302 +5,23 @@
 //   bias, if any, is a table [H, *(2 window - 1)] of distances; relative, if any, [B, *L, H, sum of (2 window - 1)].
 //   out [B, *L, H, Dv] is written by its strides, channel stride 1.
 //
-// A task is a tile of queries of one head: a block where the pattern has blocks, else neighbours. Along each axis the
-// tile sees the union of its windows; the tile's queries, keys and values are gathered side by side (the keys that a
-// tile's queries share are read once) and go through attention.h's block of queries with its online softmax. What a
-// query does not see of the union has a bias of minus infinity. The bias is made from the table for one tile, 64
-// queries at a time, and kept while tiles of the same shape and head follow, so nothing of size N x N exists.
+// Two forms: tiles of queries that share the keys of their windows (local_tiles.h) for blocks, halos, long windows and
+// small maps; queries in lanes (local_lanes.h) for windows that move by one. Nothing of size N x N exists in either.
 #ifndef COMPILED_ATTN_CPP_LOCAL_ATTENTION_H
 #define COMPILED_ATTN_CPP_LOCAL_ATTENTION_H
 
 #include <vector>
 
-#include "attention.h"
+#include "local_lanes.h"
+#include "local_tiles.h"
 
 namespace compiled_attn_cpp {
 namespace {
 
-enum Border : int64_t { kClamp = 0, kMask = 1, kZero = 2 };
-
-// The pattern along one axis, as ops/local_geometry.py defines it.
-struct LocalAxis {
-  int64_t queries, keys, window, stride, block, dilation, shift, border, causal, sinks;
-
-  int64_t together() const { return dilation == 1 ? block : 1; }
-  int64_t offsets() const { return 2 * window - 1; }
-};
-
-// Strides in elements in the order batch, three spatial axes, head; the bias's: head, three axes.
-struct LocalShape {
-  int64_t batch, heads, width, value_width;
-  LocalAxis axis[3];
-  int64_t q[5], k[5], v[5], out[5], relative[5], bias[4];
-  int64_t table[3];  // where an axis's distances begin among the relative logits; -1: it has none
-  float scale;
-};
-
-// Numbers of float32 or bfloat16; null where there are none.
-struct Numbers {
-  const void* data;
-  bool bf16;
-  float operator[](int64_t i) const {
-    return bf16 ? to_float(static_cast<const Bf16*>(data)[i]) : static_cast<const float*>(data)[i];
-  }
-};
-
-// Queries of one axis that are computed together: places in a class of positions `residue` modulo the dilation.
-struct Run {
-  int64_t residue, first, count;
-};
-
-inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
-
-// All runs of an axis; where there are no blocks, of at most `most` queries.
-inline std::vector<Run> runs_of(const LocalAxis& a, int64_t most) {
-  std::vector<Run> runs;
-  if (a.together() > 1) {
-    for (int64_t begin = a.shift > 0 ? a.shift - a.block : 0; begin < a.queries; begin += a.block) {
-      const int64_t first = std::max<int64_t>(begin, 0);
-      runs.push_back({0, first, std::min(begin + a.block, a.queries) - first});
-    }
-    return runs;
-  }
-  for (int64_t residue = 0; residue < std::min(a.dilation, a.queries); ++residue) {
-    const int64_t size = (a.queries - residue + a.dilation - 1) / a.dilation;
-    const int64_t parts = (size + most - 1) / most;
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t first = i * (size / parts) + std::min(i, size % parts);
-      runs.push_back({residue, first, size / parts + (i < size % parts)});
-    }
-  }
-  return runs;
-}
-
-constexpr int16_t kUnseen = -1;
-constexpr int16_t kSink = -2;  // seen, with no bias
-
-// What a run sees along its axis: the union of its windows, and for each query and key the distance or a code.
-struct View {
-  std::vector<int64_t> position;  // of each key; -1: a key of zeros
-  std::vector<int16_t> code;      // [queries, keys]
-  std::vector<int64_t> query;     // position of each query
-  bool whole;                     // whether every query sees every key, with its bias
-};
-
-inline void look(const LocalAxis& a, const Run& run, View& to) {
-  const int64_t size = run.residue < a.keys ? (a.keys - run.residue + a.dilation - 1) / a.dilation : 0;
-  std::vector<int64_t> start(run.count), stand(run.count);
-  int64_t low = INT64_MAX, high = INT64_MIN;
-  to.query.resize(run.count);
-  for (int64_t i = 0; i < run.count; ++i) {
-    const int64_t place = run.first + i;
-    const int64_t block = floor_div(place - a.shift, a.block);
-    const int64_t origin = block * a.stride + a.shift;
-    start[i] = origin - (a.causal ? a.window - a.stride : (a.window - a.stride + 1) / 2);
-    if (a.border == kClamp && !a.causal) start[i] = std::max<int64_t>(std::min(start[i], size - a.window), 0);
-    stand[i] = origin + place - a.shift - block * a.block;
-    to.query[i] = run.residue + place * a.dilation;
-    low = std::min(low, start[i]);
-    high = std::max(high, a.causal ? std::min(start[i] + a.window, stand[i] + 1) : start[i] + a.window);
-  }
-  if (a.border != kZero) {
-    low = std::max<int64_t>(low, 0);
-    high = std::min(high, size);
-  }
-  to.position.clear();
-  std::vector<int64_t> at;
-  for (int64_t key = 0; key < std::min(a.sinks, size); ++key) {
-    if (key < low || key >= high) at.push_back(key);
-  }
-  for (int64_t key = low; key < high; ++key) at.push_back(key);
-  const int64_t keys = int64_t(at.size());
-  for (int64_t key : at) to.position.push_back(key >= 0 && key < size ? run.residue + key * a.dilation : -1);
-  to.code.resize(run.count * keys);
-  to.whole = true;
-  for (int64_t i = 0; i < run.count; ++i) {
-    for (int64_t u = 0; u < keys; ++u) {
-      const bool inside = at[u] >= start[i] && at[u] < start[i] + a.window;
-      const bool hidden = a.causal && at[u] > stand[i];
-      const bool sink = at[u] >= 0 && at[u] < std::min(a.sinks, size);
-      const int16_t code = inside ? int16_t(at[u] - stand[i] + a.window - 1) : sink ? kSink : kUnseen;
-      to.code[i * keys + u] = hidden ? kUnseen : code;
-      to.whole = to.whole && to.code[i * keys + u] >= 0;
-    }
-  }
-}
-
-// One thread's work on tiles, one after the other.
-template <class T>
-class LocalTiles {
- public:
-  LocalTiles(const LocalShape& shape, const T* q_, const T* k_, const T* v_, Numbers bias_, Numbers relative_, T* out_)
-      : s(shape), q(q_), k(k_), v(v_), bias(bias_), relative(relative_), out(out_) {}
-
-  void run(int64_t b, int64_t head, const Run (&runs)[3]) {
-    bool same = head == last_head && relative.data == nullptr;
-    for (int i = 0; i < 3; ++i) {
-      std::swap(last[i], view[i]);
-      look(s.axis[i], runs[i], view[i]);
-      same = same && last[i].code == view[i].code && last[i].query.size() == view[i].query.size();
-    }
-    last_head = head;
-    queries = int64_t(view[0].query.size() * view[1].query.size() * view[2].query.size());
-    keys = int64_t(view[0].position.size() * view[1].position.size() * view[2].position.size());
-    const bool biased = bias.data || relative.data || !(view[0].whole && view[1].whole && view[2].whole);
-    gather(q + b * s.q[0] + head * s.q[4], s.q, s.width, true, packed_q);
-    gather(k + b * s.k[0] + head * s.k[4], s.k, s.width, false, packed_k);
-    gather(v + b * s.v[0] + head * s.v[4], s.v, s.value_width, false, packed_v);
-    packed_out.resize(queries * s.value_width);
-    const int64_t vectors = (queries + kWidth - 1) / kWidth;
-    const int64_t parts = (vectors + kMaxVectors - 1) / kMaxVectors;
-    const bool at_once = queries * keys <= kKept;
-    if (biased && at_once && !(same && kept)) add(b, head, 0, queries);
-    kept = biased && at_once;
-    for (int64_t part = 0; part < parts; ++part) {
-      // The vectors are dealt evenly: 13 are 4 + 3 + 3 + 3.
-      const int64_t begin = part * (vectors / parts) + std::min(part, vectors % parts);
-      const int64_t count = vectors / parts + (part < vectors % parts);
-      const int64_t first = begin * kWidth, rows = std::min(count * kWidth, queries - first);
-      if (biased && !at_once) add(b, head, first, rows);
-      const float* added_rows = added.data() + (at_once ? first * keys : 0);
-      if (count == 1) block<1>(first, rows, biased ? added_rows : nullptr);
-      if (count == 2) block<2>(first, rows, biased ? added_rows : nullptr);
-      if constexpr (kMaxVectors == 4) {
-        if (count == 3) block<3>(first, rows, biased ? added_rows : nullptr);
-        if (count == 4) block<4>(first, rows, biased ? added_rows : nullptr);
-      }
-    }
-    scatter(out + b * s.out[0] + head * s.out[4]);
-  }
-
- private:
-  static constexpr int64_t kKept = 1 << 15;  // floats of bias that are kept from tile to tile
-
-  template <int NV>
-  void block(int64_t first, int64_t rows, const float* biases) {
-    AttentionShape a{};
-    a.batch = a.heads = 1;
-    a.queries = rows, a.keys = keys, a.width = s.width, a.value_width = s.value_width;
-    a.q[2] = a.k[2] = s.width;
-    a.v[2] = a.out[2] = s.value_width;
-    a.bias[2] = keys, a.bias[3] = 1;
-    a.scale = s.scale;
-    memory.resize(QueryBlock<T, NV>::floats(a) + 16);
-    float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-    QueryBlock<T, NV>(a, aligned)
-        .run(packed_q.data() + first * s.width, packed_k.data(), packed_v.data(), BiasRows{biases, false},
-             packed_out.data() + first * s.value_width, 0, rows);
-  }
-
-  // The tile's queries or keys as rows; keys of zeros where the border has them.
-  void gather(const T* from, const int64_t (&strides)[5], int64_t width, bool of_queries, std::vector<T>& to) {
-    const auto& z = of_queries ? view[0].query : view[0].position;
-    const auto& y = of_queries ? view[1].query : view[1].position;
-    const auto& x = of_queries ? view[2].query : view[2].position;
-    to.resize(z.size() * y.size() * x.size() * width);
-    T* row = to.data();
-    for (int64_t i : z) {
-      for (int64_t j : y) {
-        for (int64_t l : x) {
-          if (i < 0 || j < 0 || l < 0) {
-            std::memset(static_cast<void*>(row), 0, width * sizeof(T));
-          } else {
-            std::memcpy(row, from + i * strides[1] + j * strides[2] + l * strides[3], width * sizeof(T));
-          }
-          row += width;
-        }
-      }
-    }
-  }
-
-  void scatter(T* to) const {
-    const T* row = packed_out.data();
-    for (int64_t i : view[0].query) {
-      for (int64_t j : view[1].query) {
-        for (int64_t l : view[2].query) {
-          std::memcpy(to + i * s.out[1] + j * s.out[2] + l * s.out[3], row, s.value_width * sizeof(T));
-          row += s.value_width;
-        }
-      }
-    }
-  }
-
-  // added [rows, keys]: bias and relative logits of the tile's queries from `first` on; minus infinity for what is
-  // not seen.
-  void add(int64_t b, int64_t head, int64_t first, int64_t rows) {
-    added.resize(rows * keys);
-    const int64_t size_y = int64_t(view[1].query.size()), size_x = int64_t(view[2].query.size());
-    const int64_t keys_z = int64_t(view[0].position.size()), keys_y = int64_t(view[1].position.size());
-    const int64_t keys_x = int64_t(view[2].position.size());
-    float* row = added.data();
-    for (int64_t p = first; p < first + rows; ++p) {
-      const int64_t z = p / (size_y * size_x), y = p / size_x % size_y, x = p % size_x;
-      const int64_t place = b * s.relative[0] + view[0].query[z] * s.relative[1] + view[1].query[y] * s.relative[2] +
-                            view[2].query[x] * s.relative[3] + head * s.relative[4];
-      const int16_t* codes = view[2].code.data() + x * keys_x;
-      for (int64_t i = 0; i < keys_z; ++i) {
-        const int16_t code_z = view[0].code[z * keys_z + i];
-        for (int64_t j = 0; j < keys_y; ++j, row += keys_x) {
-          const int16_t code_y = view[1].code[y * keys_y + j];
-          if (code_z == kUnseen || code_y == kUnseen) {
-            std::fill(row, row + keys_x, kMinusInfinity);
-            continue;
-          }
-          const int64_t corner = head * s.bias[0] + code_z * s.bias[1] + code_y * s.bias[2];
-          const float outer = relative_of(0, place, code_z) + relative_of(1, place, code_y);
-          for (int64_t l = 0; l < keys_x; ++l) {
-            const float table = bias.data && codes[l] >= 0 ? bias[corner + codes[l] * s.bias[3]] : 0.f;
-            const float inner = codes[l] >= 0 ? outer + relative_of(2, place, codes[l]) : 0.f;
-            row[l] = codes[l] == kUnseen ? kMinusInfinity : table + inner;
-          }
-        }
-      }
-    }
-  }
-
-  float relative_of(int axis, int64_t place, int16_t code) const {
-    return relative.data && s.table[axis] >= 0 && code >= 0 ? relative[place + s.table[axis] + code] : 0.f;
-  }
-
-  const LocalShape& s;
-  const T *q, *k, *v;
-  const Numbers bias, relative;
-  T* out;
-  View view[3], last[3];
-  int64_t queries = 0, keys = 0, last_head = -1;
-  bool kept = false;
-  std::vector<T> packed_q, packed_k, packed_v, packed_out;
-  std::vector<float> added, memory;
-};
-
-// Most queries of a run along each axis: about 64 in a tile, shared among the axes that have no blocks.
-inline void tile_sizes(const LocalShape& s, int64_t (&most)[3]) {
-  int64_t budget = 64, free = 0;
-  int64_t room[3];
-  for (int i = 0; i < 3; ++i) {
-    const LocalAxis& a = s.axis[i];
-    const bool alone = a.together() > 1 || (a.window == 1 && a.sinks == 0);
-    most[i] = 1;
-    room[i] = alone ? 0 : (a.queries + a.dilation - 1) / a.dilation;
-    if (a.together() > 1) budget /= std::min(a.block, a.queries);
-    free += room[i] > 0;
-  }
-  for (; free > 0; --free) {
-    int least = -1;
-    for (int i = 0; i < 3; ++i) {
-      if (room[i] > 0 && (least < 0 || room[i] < room[least])) least = i;
-    }
-    int64_t share = 1;
-    while (std::pow(double(share + 1), double(free)) <= double(budget)) ++share;
-    most[least] = std::max<int64_t>(1, std::min(room[least], share));
-    budget /= most[least];
-    room[least] = 0;
-  }
-}
-
 // Threads: OpenMP's; consecutive tiles of a head go to one thread, which keeps their bias.
 template <class T>
-void local_attention(const LocalShape& s, const T* q, const T* k, const T* v, Numbers bias, Numbers relative, T* out) {
+void by_tiles_of_queries(const LocalShape& s, const T* q, const T* k, const T* v, Numbers bias, Numbers relative,
+                         T* out) {
   int64_t most[3];
   tile_sizes(s, most);
   std::vector<Run> runs[3];
@@ -319,6 +40,80 @@ void local_attention(const LocalShape& s, const T* q, const T* k, const T* v, Nu
       const int64_t size_y = int64_t(runs[1].size()), size_x = int64_t(runs[2].size());
       mine.run(b, head, {runs[0][tile / (size_y * size_x)], runs[1][tile / size_x % size_y], runs[2][tile % size_x]});
     }
+  }
+}
+
+// Scores that the two forms compute for a query, in lanes of vectors: what each wastes at borders is counted.
+inline double tile_work(const LocalShape& s) {
+  int64_t most[3];
+  tile_sizes(s, most);
+  double keys = 1, queries = 1;
+  for (int i = 0; i < 3; ++i) {
+    const LocalAxis& a = s.axis[i];
+    const double size = double(a.queries + a.dilation - 1) / double(a.dilation);
+    const double run = a.together() > 1 ? double(std::min(a.block, a.queries)) : double(most[i]);
+    queries *= run;
+    keys *= a.together() > 1 ? double(a.window) : std::min(run + double(a.window - 1), size);
+  }
+  return keys * std::ceil(queries / kWidth) * kWidth / queries;
+}
+
+inline double lane_work(const LocalShape& s) {
+  const LocalAxis& a = s.axis[2];
+  const int64_t size = (a.queries + a.dilation - 1) / a.dilation;
+  double work = 0;
+  for (const LaneTile& tile : lane_tiles(a, size)) work += double(tile.distances * kWidth) / double(size);
+  for (int i = 0; i < 2; ++i) {
+    const LocalAxis& b = s.axis[i];
+    work *= double(std::min(b.window, std::max<int64_t>(1, (b.keys + b.dilation - 1) / b.dilation)));
+  }
+  return work;
+}
+
+// A lane multiplies from two memory operands where a tile multiplies from one.
+constexpr double kLaneCost = 1.0;
+
+inline bool prefers_lanes(const LocalShape& s, bool relative) {
+  const LocalAxis& a = s.axis[2];
+  if (relative || a.stride != 1 || a.block != 1 || a.sinks || a.window > 64 || a.queries == 0) return false;
+  if (s.axis[0].sinks || s.axis[1].sinks) return false;
+  return lane_work(s) * kLaneCost < tile_work(s);
+}
+
+// Threads: OpenMP's, one task a run of rows of one head.
+template <class T>
+void by_rows_in_lanes(const LocalShape& s, const T* q, const T* k, const T* v, Numbers bias, T* out) {
+  constexpr int64_t floats = 96 * 1024;  // of transposed keys and values, which the second-level cache holds
+  const LocalAxis& a = s.axis[2];
+  const int64_t size = (a.queries + a.dilation - 1) / a.dilation;
+  const int64_t row = (s.width + s.value_width) * (size + 2 * a.window + 2 * kWidth) * s.axis[0].window;
+  const int64_t room = std::max<int64_t>(floats / row - s.axis[1].window + 1, kGroup);
+  const std::vector<Run> z = runs_of(s.axis[0], 1), y = runs_of(s.axis[1], room);
+  std::vector<Run> single;
+  for (const Run& run : z) {
+    for (int64_t i = 0; i < run.count; ++i) single.push_back({run.residue, run.first + i, 1});
+  }
+  const int64_t classes = std::min(a.dilation, a.queries);
+  const int64_t rows = int64_t(y.size()), planes = int64_t(single.size());
+  const int64_t tasks = s.heads * s.batch * planes * rows * classes;
+#pragma omp parallel if (tasks > 1)
+  {
+    LaneRows<T> mine(s, q, k, v, bias, out);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t run = task % rows, plane = task / rows % planes, residue = task / (rows * planes) % classes;
+      const int64_t b = task / (rows * planes * classes) % s.batch, head = task / (rows * planes * classes) / s.batch;
+      mine.run(b, head, single[plane], y[run], residue);
+    }
+  }
+}
+
+template <class T>
+void local_attention(const LocalShape& s, const T* q, const T* k, const T* v, Numbers bias, Numbers relative, T* out) {
+  if (prefers_lanes(s, relative.data != nullptr)) {
+    by_rows_in_lanes(s, q, k, v, bias, out);
+  } else {
+    by_tiles_of_queries(s, q, k, v, bias, relative, out);
   }
 }
 
