@@ -160,7 +160,7 @@ def flat(program: Program) -> Program:
 def _run(folder: Path, target: Target) -> dict[str, Any]:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # Inductor's workers would be processes without the patches
         "CUDA_VISIBLE_DEVICES": "",
     }

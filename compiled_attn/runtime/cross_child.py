@@ -25,6 +25,7 @@ from compiled_attn.ir.errors import CompiledAttnError, LowerError
 from compiled_attn.ir.targets import Target
 from compiled_attn.runtime import cross_toolchain, launch
 from compiled_attn.runtime.cross import STAGES
+from compiled_attn.runtime.measure import cache_folder
 
 
 def main() -> None:
@@ -114,8 +115,7 @@ def _options(job: dict[str, Any], *, sources: bool) -> dict[str, Any]:
 
 def _cache() -> Path:
     """Where cross builds keep what the next one can use; apart from Inductor's own cache, which knows no target."""
-    base = os.environ.get("COMPILED_ATTN_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "compiled_attn" / "cross"
+    return cache_folder() / "cross"
 
 
 def _own_cache() -> None:
