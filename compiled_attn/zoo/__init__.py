@@ -9,6 +9,8 @@ from torch import nn
 
 from compiled_attn.ir.errors import CheckpointError, CompiledAttnError
 from compiled_attn.zoo import (
+    attentive_cnn,
+    attnet,
     convit,
     davit,
     deit,
@@ -20,6 +22,7 @@ from compiled_attn.zoo import (
     spartan,
     tnt,
     van,
+    volo,
 )
 from compiled_attn.zoo.checkpoint import Report, load_checkpoint
 from compiled_attn.zoo.paper import Paper, Published
@@ -27,6 +30,8 @@ from compiled_attn.zoo.paper import Paper, Published
 __all__ = ["PAPERS", "Paper", "Published", "Report", "create", "load_checkpoint", "names"]
 
 PAPERS: dict[str, Paper] = {
+    "attentive_cnn": attentive_cnn.PAPER,
+    "attnet": attnet.PAPER,
     "convit": convit.PAPER,
     "davit": davit.PAPER,
     "deit": deit.PAPER,
@@ -38,6 +43,7 @@ PAPERS: dict[str, Paper] = {
     "spartan": spartan.PAPER,
     "tnt": tnt.PAPER,
     "van": van.PAPER,
+    "volo": volo.PAPER,
 }
 
 _WEIGHTS = Path(__file__).parent / "weights"
