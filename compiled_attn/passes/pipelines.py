@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiled_attn.passes.base import Pass
 from compiled_attn.passes.canonicalize import Canonicalize
+from compiled_attn.passes.drop_open_masks import DropOpenMasks
 from compiled_attn.passes.fold_batch_norm import FoldBatchNorm
 from compiled_attn.passes.fold_constants import FoldConstants
 from compiled_attn.passes.raise_attention import RaiseAttention
@@ -27,7 +28,7 @@ def default(
 
     if mode == "train":
         return [RaiseAttention(), *named]
-    passes: list[Pass] = [Canonicalize(), FoldBatchNorm(), FoldConstants(), RaiseAttention(), *named, Canonicalize()]
+    passes = portable(named)
     if target.kind == "cpu":
         passes += [ChooseAttention(), PackLinear(tune, measure)]
     return passes
@@ -35,4 +36,5 @@ def default(
 
 def portable(named: Sequence[Pass] = ()) -> list[Pass]:
     """For programs that another runtime or the user reads (ONNX, taps): no kernel of ours is chosen."""
-    return [Canonicalize(), FoldBatchNorm(), FoldConstants(), RaiseAttention(), *named, Canonicalize()]
+    cleaned: list[Pass] = [Canonicalize(), FoldBatchNorm(), FoldConstants(), DropOpenMasks()]
+    return [*cleaned, RaiseAttention(), *named, Canonicalize()]
