@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench import cases
 from bench.cross_checks import check, weights_of
 from compiled_attn import passes, zoo
 from compiled_attn.ir import targets
@@ -105,13 +106,12 @@ def build(job: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def model_of(name: str) -> tuple[nn.Module, tuple[int, int, int], tuple[Any, ...]]:
+def model_of(name: str) -> tuple[nn.Module, tuple[int, ...], tuple[Any, ...]]:
     """The model in eval mode with random weights, the shape of a picture, and the passes named beside the default."""
     torch.manual_seed(0)
     if name in TIMM:
-        import timm
-
-        return timm.create_model(TIMM[name]).eval(), (3, 224, 224), ()
+        model, x = cases.build(cases.Case(f"timm:{TIMM[name]}", 1))
+        return model, tuple(x.shape[1:]), ()
     if name == "evit_s":
         return zoo.create("evit", "evit_s_k07_fuse").eval(), (3, 224, 224), ()
     named = (passes.ReorganizeTokens(keep_rate=0.7, at=(3, 6, 9)),) if name.endswith("keep_0.7") else ()

@@ -134,12 +134,13 @@ def run(name: str, image: Path, top: int, random_weights: bool, **options: Any) 
 
 @main.command()
 @click.argument("name")
-@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file: .pt2, or .onnx.")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file: .pt2, .onnx, or .zip (sources).")
 @click.option("--batch", default=1, show_default=True, help="Batch size, or an example of it with --dynamic-batch.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
 @model_options
 def export(name: str, output: Path, batch: int, dynamic_batch: bool, **options: Any) -> None:
     """Export a model of the zoo: an artifact that runs with no Python, or ONNX."""
+    from compiled_attn.runtime import cross
     from compiled_attn.runtime.build import prepare
     from compiled_attn.runtime.export import export_build
     from compiled_attn.runtime.onnx import export_onnx
@@ -155,9 +156,26 @@ def export(name: str, output: Path, batch: int, dynamic_batch: bool, **options: 
         return
     with Stages(2) as stage:
         stage("capture and passes")
-        build = prepare(model, args, None, settings_of(options, dynamic_shapes=shapes))
+        settings = settings_of(options, dynamic_shapes=shapes)
+        cross.require_possible(settings.target, output)
+        build = prepare(model, args, None, settings)
         stage("native code")
         artifact = export_build(build, output)
+    click.echo(artifact)
+
+
+@main.command()
+@click.argument("sources", type=click.Path(path_type=Path))
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file: .pt2.")
+@click.option("--cuda-dir", type=click.Path(path_type=Path), help="CUDA toolkit; CUDA_HOME or /usr/local/cuda.")
+def finish(sources: Path, output: Path, cuda_dir: Path | None) -> None:
+    """Compile a package of sources (.zip of a cross build) on the target's own host into an artifact."""
+    from compiled_attn.runtime import cross_sources
+    from compiled_attn.runtime.progress import Stages
+
+    with Stages(1) as stage:
+        stage("host code")
+        artifact = cross_sources.finish(sources, output, cuda_dir=cuda_dir)
     click.echo(artifact)
 
 
@@ -182,8 +200,8 @@ def explain(name: str, native: bool, batch: int, **options: Any) -> None:
 
     from compiled_attn.ir import targets
     from compiled_attn.runtime.build import build_package, prepare
+    from compiled_attn.runtime.foresight import explanation
     from compiled_attn.runtime.progress import Stages
-    from compiled_attn.runtime.report import Explanation
 
     model, config = model_of(name, options["checkpoint"], trained=False)
     settings = settings_of(options)
@@ -195,7 +213,7 @@ def explain(name: str, native: bool, batch: int, **options: Any) -> None:
             targets.require_here(settings.target)
             with tempfile.TemporaryDirectory() as folder:
                 build_package(build, Path(folder) / "model.pt2")
-    click.echo(Explanation(f"{name} for {settings.target.name}, {settings.mode}", (build,)))
+    click.echo(explanation(f"{name} for {settings.target.name}, {settings.mode}", build))
 
 
 @main.command()

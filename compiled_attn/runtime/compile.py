@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from compiled_attn.ir import _torch
+from compiled_attn.ir import _torch, targets
 from compiled_attn.ir.errors import CaptureError
 from compiled_attn.ir.program import Program
 from compiled_attn.ir.targets import Target
@@ -45,7 +45,8 @@ def compile(
 ) -> Any:
     """A fast callable with the model's own signature and, up to rounding, its numbers.
 
-    target: a name of `compiled_attn.targets.names()`; "auto" reads this machine.
+    target: a name of `compiled_attn.targets.names()`; "auto" reads this machine. One that is not at hand is an error:
+    `export` builds for it, `compiled-attn explain` says what such a build would hold.
     example_inputs, example_kwargs: capture and compile now; otherwise at the first call.
     dynamic_shapes: as torch.export takes it, and dimensions may be named by strings.
     precision: "bf16" or "fp16" computes in that dtype, inputs and outputs keep theirs; None keeps the model's own.
@@ -66,6 +67,7 @@ def compile(
         dump=dump,
         compare=compare,
     )
+    targets.require_here(settings.target)
     if mode == "train":
         from compiled_attn.runtime.train import compile_train
 

@@ -45,6 +45,15 @@ def fuse_attention(program: Program, target: Target, notes: Notes, *, strict: bo
     return edit.finish(NAME) if changed else program
 
 
+def foreseen(node: fx.Node, target: Target) -> tuple[str, str]:
+    """(operator, because) for an SDPA node: "flash", "efficient", or "math" with the sentence that says why."""
+    call = read(node)
+    because = call if isinstance(call, str) else _uncovered(call, target)
+    if isinstance(call, str) or because is not None:
+        return "math", because or ""
+    return ("flash" if _is_flash(call, target) else "efficient"), ""
+
+
 def _refuse(node: fx.Node, because: str, notes: Notes, *, strict: bool) -> None:
     notes.miss(node, RULE, because)
     if strict:
