@@ -61,13 +61,17 @@ class Settings:
 
 @dataclass
 class Build:
-    """A Program after its passes, with what they said. seconds: stage -> time spent."""
+    """A Program after its passes, with what they said.
+
+    seconds: stage -> time spent.  templates: those that the generated code was found to hold.
+    """
 
     program: Program
     notes: Notes
     records: list[PassRecord]
     settings: Settings
     seconds: dict[str, float] = field(default_factory=dict)
+    templates: frozenset[str] = frozenset()
 
 
 def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, settings: Settings) -> Build:
@@ -131,7 +135,8 @@ def _hold_to_templates(build: Build, package: Path) -> None:
     """A C++ template counts as used only where the generated code holds it; a broken promise is an error."""
     names = {t.name for t in registry.TEMPLATES if t.device == "cpu"}
     promised = {note.what for note in build.notes.done if note.what in names}
-    absent = promised - templates_in_package(package)
+    build.templates = frozenset(templates_in_package(package))
+    absent = promised - build.templates
     if absent:
         raise LowerError(
             f"Inductor's code does not hold {', '.join(sorted(absent))}",

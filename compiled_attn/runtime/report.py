@@ -60,12 +60,13 @@ def explain(compiled: Any) -> Explanation:
 
 
 def build_text(build: Build) -> str:
-    """One capture: its inputs, its passes, its notes by place, its seconds."""
+    """One capture: its inputs, its passes, its notes by place, the templates in its code, its seconds."""
     inputs = [("input", n.name, type_text(n.meta.get("val"))) for n in build.program.inputs]
     seconds = [("time", name, f"{spent:.2f} s") for name, spent in build.seconds.items()]
     passes = [("pass", r.name, *_pass_cells(r)) for r in build.records]
     notes = [_note_cells(record) for record in ordered(build.notes)]
-    blocks: list[list[tuple[str, ...]]] = [[*inputs], [*passes], notes, [*seconds]]
+    code = [("code", name, "found in the generated source") for name in sorted(build.templates)]
+    blocks: list[list[tuple[str, ...]]] = [[*inputs], [*passes], notes, [*code], [*seconds]]
     return "\n\n".join(aligned(block) for block in blocks if block)
 
 

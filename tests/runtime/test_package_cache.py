@@ -44,6 +44,8 @@ def test_a_model_built_before_is_fetched_and_gives_the_same_numbers():
     assert "inductor" in first.builds[0].seconds
     assert "fetched" in second.builds[0].seconds
     assert "inductor" not in second.builds[0].seconds
+    assert second.builds[0].templates == first.builds[0].templates == {"cpp_gemm"}
+    assert "cpp_gemm  found in the generated source" in str(second.explain())
     assert torch.equal(first(x), second(x))
     torch.testing.assert_close(second(x), net()(x))
 
