@@ -10,6 +10,7 @@ of a row's and a column's part), so the grid need not be square; attention rows,
 their sum again; a picture of another size gets bicubically resized positions, where the reference refuses; no dropout.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -121,10 +122,10 @@ class ConViT(nn.Module):
         super().__init__()
         self.config = config
         height, width = config.img_size if isinstance(config.img_size, tuple) else (config.img_size,) * 2
-        patches = (height // config.patch_size) * (width // config.patch_size)
+        self.grid = (height // config.patch_size, width // config.patch_size)
         self.patch_embed = PatchEmbed(config.width, config.patch_size, config.in_chans)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, patches, config.width)) if config.positions else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), config.width)) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, i < config.local_blocks) for i in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.epsilon)
         self.head = nn.Linear(config.width, config.classes)
@@ -137,7 +138,9 @@ class ConViT(nn.Module):
         patches = self.patch_embed(pictures)  # [B, C, y, x]
         grid = (patches.shape[2], patches.shape[3])
         tokens = patches.flatten(2).transpose(1, 2)
-        return (tokens if self.pos_embed is None else tokens + resize_positions(self.pos_embed, 0, grid)), grid
+        if self.pos_embed is not None:
+            tokens = tokens + resize_positions(self.pos_embed, 0, grid, self.grid)
+        return tokens, grid
 
     def forward(self, x: Tensor) -> Tensor:
         x, grid = self.embed(x)

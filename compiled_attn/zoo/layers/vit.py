@@ -71,8 +71,10 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def resize_positions(positions: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-    """Positions [1, prefix + n*n, C] of a square grid, for a grid of y x x patches: [1, prefix + y*x, C].
+def resize_positions(
+    positions: Tensor, prefix: int, grid: tuple[int, int], old_grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Positions [1, prefix + n, C] of a grid, square unless told, for a grid of y x x patches: [1, prefix + y*x, C].
 
     Bicubic with align_corners=False; the prefix rows stay as they are. The same count of patches keeps them unchanged.
     """
@@ -80,8 +82,7 @@ def resize_positions(positions: Tensor, prefix: int, grid: tuple[int, int]) -> T
     count = positions.shape[1] - prefix
     if count == height * width:
         return positions
-    side = round(count**0.5)
-    old = positions[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+    old = positions[:, prefix:].transpose(1, 2).unflatten(2, old_grid or (round(count**0.5),) * 2)
     new = F.interpolate(old, size=(height, width), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :prefix], new.flatten(2).transpose(1, 2)], dim=1)
 
