@@ -138,7 +138,7 @@ def aoti_package(exported: torch.export.ExportedProgram, path: str, options: dic
     """Compiles an exported program with AOTInductor into a `.pt2` at `path`; returns the path."""
     import torch._inductor
 
-    with _objects_side_by_side(), _convolutions_of_any_batch():
+    with _objects_side_by_side(), convolutions_of_any_batch():
         return torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
 
 
@@ -168,7 +168,7 @@ def _objects_side_by_side() -> Iterator[None]:
 
 
 @contextmanager
-def _convolutions_of_any_batch() -> Iterator[None]:
+def convolutions_of_any_batch() -> Iterator[None]:
     """torch picks the kernel of a 1x1 convolution by its batch, which would bound a symbolic batch to 15.
 
     Here it picks by the sizes of the example; the choice serves only to foretell the memory format of a fake result.
