@@ -131,6 +131,9 @@ def _without_prefix(given: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict
 
 def _resized(model: nn.Module, key: str, given: Tensor, own: Tensor) -> Tensor | None:
     """Position embeddings made to fit, or None where this key holds none or its grid is not square."""
+    if key == POSITIONS and given.ndim == own.ndim == 4 and given.shape[3] == own.shape[3]:  # a map [1, Y, X, C]
+        old_grid, grid = given.shape[1:3], own.shape[1:3]
+        return resize_positions(given.float().flatten(1, 2), 0, grid, old_grid).unflatten(1, grid)
     if key != POSITIONS or given.ndim != 3 or given.shape[2] != own.shape[2]:
         return None
     prefix = getattr(model, "prefix", 1)
