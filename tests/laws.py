@@ -1,4 +1,7 @@
-"""Laws: what must hold of every op. Plain functions of one case; tests/ops/test_laws.py asks them of all."""
+"""Laws: what must hold of every op, and of the CUDA code of every op and paper. Plain functions of one case.
+
+tests/ops/test_laws.py and tests/cross/test_emulated.py ask them of all.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross.emulation import Emulated
 from strategies import Inputs
 from torch.utils import _pytree as pytree
 
@@ -66,6 +70,19 @@ def bad_input_gets_a_worded_error(op: Op, arguments: dict[str, Any], words: str)
             call(**arguments)
         assert caught.value.facts and caught.value.do
         assert str(caught.value).startswith(op.name)
+
+
+def emulated_code_equals_eager(case: Emulated, tolerance: float = 1e-5) -> None:
+    """Inductor's CUDA code, Triton kernels included, gives every output that eager mode gives."""
+    assert case.failure is None, f"{case.name}\n{case.failure}"
+    for a, b in zip(case.found, case.wanted, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), case.name
+        near(a, b, tolerance)
+
+
+def emulated_code_holds_its_templates(case: Emulated) -> None:
+    """The kernels of every template that lowering chose ran."""
+    assert not case.missing(), f"{case.name} chose {case.templates}; {sorted(case.missing())} did not run"
 
 
 def near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:

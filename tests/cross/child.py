@@ -23,7 +23,7 @@ def interpret(name: str, *, profile: str = "quick") -> None:
         "ignore::RuntimeWarning",  # numpy's, on the infinities and NaN that the laws feed it
         f"tests/cross/interpret_{name}.py",
     ]
-    env = _environment(TRITON_INTERPRET="1", HYPOTHESIS_PROFILE=profile)
+    env = environment(TRITON_INTERPRET="1", HYPOTHESIS_PROFILE=profile)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise AssertionError(
@@ -33,7 +33,7 @@ def interpret(name: str, *, profile: str = "quick") -> None:
 
 def python(*arguments: str) -> str:
     """Standard output of a Python child that compiles; fails with its errors where it fails."""
-    env = _environment(TRITON_INTERPRET="0")
+    env = environment(TRITON_INTERPRET="0")
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -41,5 +41,5 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
-def _environment(**more: str) -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
