@@ -188,7 +188,7 @@ PAPER = Paper(
     reference="henry-pay/SpaRTAN@1715a4308cbaac521abafd97c63068158c2716da",
     model=SpaRTAN,
     variants={"spartan_t": Config()},
-    tiny=Config((16, 16, 24), (1, 1, 1), (2, 2, 2), img_size=32, classes=10),
+    tiny=Config((32, 32, 32), (1, 1, 1), (2, 2, 2), img_size=32, classes=10),
     published={"spartan_t": Published(3_820_296, top1=77.7)},
     keys="conv.{0,1}.{conv,norm}, layers.i of blocks {norm_1,smixer.{gamma,proj_in,h_conv,l_conv.{0,1},h_attn,l_attn,"
     "proj_out},scale_1,norm_2,cmixer.{complex,theta,proj,conv,attn,proj_out},scale_2} and steps {conv,norm}, linear; "
