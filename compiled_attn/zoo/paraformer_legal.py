@@ -67,11 +67,16 @@ class GeneralAttention(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         query = self.linear_in(query)
-        scores = query @ context.transpose(1, 2)
-        if real is not None:
-            scores = scores.masked_fill(~real.unsqueeze(1), torch.finfo(scores.dtype).min / 2)
-        weights = sparsemax(scores)
+        weights = sparsemax(only(query @ context.transpose(1, 2), real))
         return torch.tanh(self.linear_out(torch.cat([weights @ context, query], dim=-1))), weights
+
+
+@torch.fx.wrap
+def only(scores: Tensor, real: Tensor | None) -> Tensor:
+    """Scores [B, M, N] whose rows that are not there, by real [B, N], get no weight of a sparsemax."""
+    if real is None:
+        return scores
+    return scores.where(real.unsqueeze(1), scores.amin(dim=-1, keepdim=True) - 2)  # none gets any 1 below the best
 
 
 class Paraformer(nn.Module):
@@ -125,8 +130,8 @@ PAPER = Paper(
     variants={"mpnet_base": Config(MPNET), "xlmr_multilingual": Config(XLMR)},
     tiny=Config(Text(60, width=16, depth=1, heads=2, hidden=32, positions=20), query=7, sentences=4, words=9),
     published={"mpnet_base": Published(111_257_474)},
-    keys="the released checkpoint's state_dict: plm.0.auto_model (transformers' encoder), general_attn, classifier; without "
-    "its int64 buffer embeddings.position_ids",
+    keys="the released checkpoint's state_dict: plm.0.auto_model (transformers' encoder), general_attn, classifier, "
+    "without its int64 buffer embeddings.position_ids",
     inputs=texts,
     idle=IDLE,
 )

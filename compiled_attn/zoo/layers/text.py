@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PAD = 1
+MASKED = -3e4  # the score of a pad as key: its softmax is zero in every precision, float16 can hold it
 BUCKETS, FARTHEST = 32, 128  # of MPNet's relative positions
 
 
@@ -155,7 +156,7 @@ class Encoder(nn.Module):
         self.relative_attention_bias = nn.Embedding(BUCKETS, text.heads) if text.relative else None
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        bias = torch.zeros_like(x[:, :1, :1]).masked_fill(~real[:, None], torch.finfo(x.dtype).min).unsqueeze(1)
+        bias = torch.zeros_like(x[:, :1, :1]).masked_fill(~real[:, None], MASKED).unsqueeze(1)
         if self.relative_attention_bias is not None:
             place = torch.ones_like(real[0], dtype=torch.int64).cumsum(dim=0)
             table = self.relative_attention_bias(bucket(place[None, :] - place[:, None]))  # [N, N, H]
