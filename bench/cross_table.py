@@ -123,7 +123,7 @@ def table(records: list[dict[str, Any]]) -> str:
     head = (
         "# Cross builds: seconds, sizes, and what was checked\n\n"
         "Made on a machine with no GPU. Nothing in this table has run on a device. Checked in each file: the compute\n"
-        "capability of every cubin, spills within the budget of bench/cross_checks.py, every weight's bytes, and every\n"
+        "capability of every cubin, spills within the budget of bench/cross_checks.py, every weight's bytes, and each\n"
         "symbol that the host code needs against libtorch's exports and CUDA's headers. Written by\n"
         "`python -m bench.cross_table`. `templates`: kernels of ours in the file; `fused`: attention left to ATen.\n"
         "Seconds were taken while other work ran beside: upper bounds.\n\n"

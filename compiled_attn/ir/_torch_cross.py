@@ -1,4 +1,4 @@
-"""Patches under which AOTInductor builds for a GPU that is not there; only the child process of runtime/cross applies them.
+"""Patches under which AOTInductor builds for a GPU that is not there; only the child of runtime/cross applies them.
 
 AOTInductor compiles for the GPU it runs on (pytorch issue 153697: "native compilation, not cross compilation"). What it
 asks of the device are properties, streams and benchmarks; with those answered from a record, everything up to the
@@ -134,7 +134,7 @@ def properties(target: Any) -> SimpleNamespace:
 
 
 def to_cuda(exported: torch.export.ExportedProgram, cross: Cross) -> torch.export.ExportedProgram:
-    """The program on a fake cuda:0: weights become fake tensors whose bytes `cross` remembers. It is changed in place."""
+    """The program, changed in place, on a fake cuda:0: weights become fake tensors whose bytes `cross` remembers."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.export.passes import move_to_device_pass
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -219,6 +219,11 @@ def _resolve(name: str) -> Any:
     raise ImportError(name)
 
 
+def _always(value: Any) -> Callable[..., Any]:
+    """A function that answers every question alike."""
+    return lambda *_, **__: value
+
+
 def _set(stack: contextlib.ExitStack, owner: Any, **values: Any) -> None:
     for name, value in values.items():
         stack.enter_context(mock.patch.object(owner, name, value, create=True))
@@ -242,18 +247,18 @@ def _torch_cuda(stack: contextlib.ExitStack, cross: Cross) -> None:
     _set(
         stack,
         torch.cuda,
-        is_available=lambda: True,
-        device_count=lambda: 1,
-        current_device=lambda: 0,
-        synchronize=lambda device=None: None,
-        get_device_properties=lambda device=None: props,
-        get_device_capability=lambda device=None: (props.major, props.minor),
-        _exchange_device=lambda device: 0,
-        _maybe_exchange_device=lambda device: 0,
-        get_rng_state=lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
-        set_rng_state=lambda *args, **kwargs: None,
+        is_available=_always(True),
+        device_count=_always(1),
+        current_device=_always(0),
+        synchronize=_always(None),
+        get_device_properties=_always(props),
+        get_device_capability=_always((props.major, props.minor)),
+        _exchange_device=_always(0),
+        _maybe_exchange_device=_always(0),
+        get_rng_state=_always(torch.zeros(16, dtype=torch.uint8)),
+        set_rng_state=_always(None),
     )
-    _set(stack, torch._C, _cuda_getCurrentRawStream=lambda device: 0)
+    _set(stack, torch._C, _cuda_getCurrentRawStream=_always(0))
 
 
 def _fake_tensors(stack: contextlib.ExitStack, cross: Cross) -> None:
@@ -263,7 +268,7 @@ def _fake_tensors(stack: contextlib.ExitStack, cross: Cross) -> None:
     if hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
         torch._C._ensureCUDADeviceGuardSet()
     _set(stack, fake_tensor.FakeTensorMode, avoid_device_init=True)
-    _set(stack, fake_tensor, init_gpu_context=lambda device: None)
+    _set(stack, fake_tensor, init_gpu_context=_always(None))
 
 
 def _device_interface(stack: contextlib.ExitStack, cross: Cross) -> None:
@@ -273,20 +278,20 @@ def _device_interface(stack: contextlib.ExitStack, cross: Cross) -> None:
 
     class CrossInterface(interfaces.CudaInterface):
         class Worker(interfaces.CudaInterface.Worker):
-            current_device = staticmethod(lambda: 0)
-            get_device_properties = staticmethod(lambda device=None: props)
+            current_device = staticmethod(_always(0))
+            get_device_properties = staticmethod(_always(props))
 
-        current_device = staticmethod(lambda: 0)
-        device_count = staticmethod(lambda: 1)
-        is_available = staticmethod(lambda: True)
-        synchronize = staticmethod(lambda device=None: None)
-        get_device_properties = staticmethod(lambda device=None: props)
-        get_raw_stream = staticmethod(lambda device: 0)
-        exchange_device = maybe_exchange_device = staticmethod(lambda device: 0)
-        get_compute_capability = staticmethod(lambda device=None: props.major * 10 + props.minor)
-        is_bf16_supported = staticmethod(lambda including_emulation=False: props.major >= 8)
-        is_triton_capable = staticmethod(lambda device=None: True)
-        raise_if_triton_unavailable = staticmethod(lambda device=None: None)
+        current_device = staticmethod(_always(0))
+        device_count = staticmethod(_always(1))
+        is_available = staticmethod(_always(True))
+        synchronize = staticmethod(_always(None))
+        get_device_properties = staticmethod(_always(props))
+        get_raw_stream = staticmethod(_always(0))
+        exchange_device = maybe_exchange_device = staticmethod(_always(0))
+        get_compute_capability = staticmethod(_always(props.major * 10 + props.minor))
+        is_bf16_supported = staticmethod(_always(props.major >= 8))
+        is_triton_capable = staticmethod(_always(True))
+        raise_if_triton_unavailable = staticmethod(_always(None))
 
     interfaces.get_interface_for_device("cpu")  # fills the registry
     table = {**interfaces.device_interfaces, "cuda": CrossInterface, "cuda:0": CrossInterface}
@@ -321,11 +326,11 @@ def _triton_driver(stack: contextlib.ExitStack, cross: Cross) -> None:
     class CrossDriver(CudaDriver):
         def __init__(self) -> None:  # the parent's would build a C module that needs libcuda
             self.utils = Utils()
-            self.launcher_cls = lambda source, metadata: lambda *args, **kwargs: None
-            self.get_current_device = lambda: 0
-            self.set_current_device = lambda device: None
-            self.get_current_stream = lambda device: 0
-            self.get_device_capability = lambda device=0: (props.major, props.minor)
+            self.launcher_cls = _always(_always(None))
+            self.get_current_device = _always(0)
+            self.set_current_device = _always(None)
+            self.get_current_stream = _always(0)
+            self.get_device_capability = _always((props.major, props.minor))
 
         @staticmethod
         def is_active() -> bool:
@@ -515,8 +520,8 @@ PATCHES = (
     ),
     Patch(
         "convolutions",
-        "torch's CPU build has no cuDNN, so it says that a convolution's result is contiguous where cuDNN's is channels "
-        "last; code built on that reads the wrong elements",
+        "torch's CPU build has no cuDNN, so it says that a convolution's result is contiguous where cuDNN's is in "
+        "channels last; code built on that reads the wrong elements",
         "at::cudnn_conv_suggest_memory_format, which the CUDA build asks",
         ("torch._C._conv_determine_backend_memory_format", "torch._prims_common.suggest_memory_format"),
         _convolutions,

@@ -234,8 +234,8 @@ def _not_here(name: str, wanted: str, found: Machine) -> TargetError:
         f"target {name} is not at hand",
         where=f"target={name!r}",
         facts=f"{wanted}; here are {gpus} and {found.model} ({found.arch}, {found.capability})",
-        do=f"use target='auto' to run here; without the device export(..., target={name!r}) writes a package for it, and "
-        f"explain (compiled-attn explain NAME --target {name}) tells choices, machine code and the roof",
+        do=f"use target='auto' to run here; without the device export(..., target={name!r}) writes a package for it, "
+        f"and explain (compiled-attn explain NAME --target {name}) tells choices, machine code and the roof",
     )
 
 

@@ -48,7 +48,7 @@ def write_artifact(
 ) -> Artifact:
     """Writes the artifact of a raw package that AOTInductor made of a program on this machine.
 
-    call: how it is called, or the program to read that from.  needs: the machine it runs on, where that is not this one.
+    call: how it is called, or the program to read that from.  needs: the machine it runs on, where it is not this one.
     versions: of what took part beside torch.  The file appears at once or not at all.
     Raises ContractError where the package contradicts the contract, or the file can not be written.
     """

@@ -134,7 +134,7 @@ def run(name: str, image: Path, top: int, random_weights: bool, **options: Any) 
 
 @main.command()
 @click.argument("name")
-@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file: .pt2, .onnx, or .zip (sources).")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file: .pt2, .onnx, .zip.")
 @click.option("--batch", default=1, show_default=True, help="Batch size, or an example of it with --dynamic-batch.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
 @model_options

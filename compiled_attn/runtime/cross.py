@@ -1,10 +1,11 @@
 """Builds for a GPU that is not there: the lowered program goes to a child process that alone carries the patches.
 
-parent: capture, passes, lowering, fused attention   ->   child: patched torch, AOTInductor   ->   parent: contract, file
+parent: capture, passes, lowering, fused attention  ->  child: patched torch, AOTInductor  ->  parent: contract, file
 
-Two products. A path that ends in `.pt2` gets the whole artifact, host code for x86-64-v3 included. One that ends in `.zip`
-gets sources, cubins, PTX and weights with a CMakeLists.txt, for hosts of another architecture (cross_sources.py). Both
-are stamped as what they are: cross-compiled, not run on the target. A machine that has the GPU never comes here.
+Two products. A path that ends in `.pt2` gets the whole artifact, host code for x86-64-v3 included. One that ends in
+`.zip` gets sources, cubins, PTX and weights with a CMakeLists.txt, for hosts of another architecture
+(cross_sources.py). Both are stamped as what they are: cross-compiled, not run on the target. A machine that has the GPU
+builds there, natively; only its package of sources is made here.
 """
 
 from __future__ import annotations

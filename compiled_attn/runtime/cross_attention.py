@@ -1,10 +1,10 @@
 """Attention for a GPU that is not here: SDPA becomes the fused ATen operator that torch would choose on the device.
 
-    y = scaled_dot_product_attention(q, k, v)        ->   y = _scaled_dot_product_flash_attention(q, k, v, ...)[0]
-    y = scaled_dot_product_attention(q, k, v, m)     ->   y = _scaled_dot_product_efficient_attention(q, k, v, b, ...)[0]
+    y = scaled_dot_product_attention(q, k, v)     ->  y = _scaled_dot_product_flash_attention(q, k, v, ...)[0]
+    y = scaled_dot_product_attention(q, k, v, m)  ->  y = _scaled_dot_product_efficient_attention(q, k, v, b, ...)[0]
 
-With no device torch takes the mathematical form for every dtype, silently. What neither operator covers stays SDPA, which
-Inductor then writes out in that form, with a miss that says why. Never changes which keys a query sees.
+With no device torch takes the mathematical form for every dtype, silently. What neither operator covers stays SDPA,
+which Inductor then writes out in that form, with a miss that says why. Never changes which keys a query sees.
 """
 
 from __future__ import annotations

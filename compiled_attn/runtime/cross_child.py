@@ -2,9 +2,9 @@
 
     python -m compiled_attn.runtime.cross_child FOLDER
 
-FOLDER holds program.pt2 (torch.export's) and job.json. The answer is result.json, with model.pt2 and kernels/ or with an
-error in four parts. A line on stdout names each stage as it begins. Its stdin is held by the parent; where that ends,
-so does this process.
+FOLDER holds program.pt2 (torch.export's) and job.json. The answer is result.json, with model.pt2 and kernels/ or with
+an error in four parts. A line on stdout names each stage as it begins. Its stdin is held by the parent; where that
+ends, so does this process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,6 @@ def main() -> None:
 
 def compile_job(folder: Path, stage: Any) -> dict[str, Any]:
     """Compiles the job in `folder`; returns kernels, seconds and versions."""
-    import triton
-
     job = json.loads((folder / "job.json").read_text())
     target = Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["target"].items()})
     _require_fit(target)
@@ -79,7 +78,7 @@ def compile_job(folder: Path, stage: Any) -> dict[str, Any]:
         "seconds": {"load": loaded - began, "inductor": done - loaded},
         "versions": {
             "cuda headers": cross_toolchain.headers_version(cross_toolchain.headers()),
-            "triton": triton.__version__,
+            "triton": metadata.version("triton"),
         },
     }
 

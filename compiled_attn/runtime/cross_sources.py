@@ -52,9 +52,9 @@ if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release)
 endif()
 add_library(model SHARED model.cpp constants.S)
-target_compile_definitions(
-  model PRIVATE TORCH_INDUCTOR_CPP_WRAPPER STANDALONE_TORCH_HEADER C10_USING_CUSTOM_GENERATED_MACROS USE_MMAP_SELF USE_CUDA)
-target_compile_options(model PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O1;-fno-trapping-math;-fno-math-errno;-ffp-contract=off;-w>)
+target_compile_definitions(model PRIVATE TORCH_INDUCTOR_CPP_WRAPPER STANDALONE_TORCH_HEADER)
+target_compile_definitions(model PRIVATE C10_USING_CUSTOM_GENERATED_MACROS USE_MMAP_SELF USE_CUDA)
+target_compile_options(model PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O1;-ffp-contract=off;-w>)
 target_include_directories(
   model SYSTEM PRIVATE "${{TORCH_DIR}}/include" "${{TORCH_DIR}}/include/torch/csrc/api/include" "${{CUDA_DIR}}/include")
 target_link_directories(model PRIVATE "${{TORCH_DIR}}/lib" "${{CUDA_DIR}}/lib64" "${{CUDA_DIR}}/lib64/stubs")

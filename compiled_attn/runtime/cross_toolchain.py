@@ -1,9 +1,9 @@
 """What a host compiler needs to build for CUDA on a machine without it: headers from wheels, and stubs to link against.
 
 The headers are those of the wheels nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl (`pip install
-'compiled-attn[cross]'`). The stub of libcuda.so.1, and on torch's CPU build the one of libtorch_cuda.so, define the names
-that the headers declare, so that the linker records both libraries as needed; the real ones take their place on the
-target. A third library gives torch's CPU build a device guard for CUDA that does nothing.
+'compiled-attn[cross]'`). The stub of libcuda.so.1, and on torch's CPU build the one of libtorch_cuda.so, define the
+names that the headers declare, so that the linker records both libraries as needed; the real ones take their place on
+the target. A third library gives torch's CPU build a device guard for CUDA that does nothing.
 """
 
 from __future__ import annotations

@@ -108,4 +108,6 @@ def _export_cross(build: Build, call: Call, path: str | Path) -> Artifact:
         if sources:
             return cross_sources.write_sources(path, product, call, target, passes=passes)
         needs = needs_of(target, host_march=cross.MARCH, origin=CROSS)
-        return write_artifact(path, product.package, call, target, passes=passes, needs=needs, versions=product.versions)
+        return write_artifact(
+            path, product.package, call, target, passes=passes, needs=needs, versions=product.versions
+        )

@@ -5,8 +5,8 @@
     blocks.3        select_tokens             triton_select_tokens                    0.6 us at least (memory)
     whole           9.1 Gflop, 94 MB                                                  46 us at least (memory)
 
-Registers, spills and shared memory are those of the compiled kernels (ops/templates/machine_code.json); the roof is work
-over peak, and bytes over bandwidth, of targets.toml. Nothing of this has run on a device.
+Registers, spills and shared memory are those of the compiled kernels (ops/templates/machine_code.json); the roof is
+work over peak, and bytes over bandwidth, of targets.toml. Nothing of this has run on a device.
 """
 
 from __future__ import annotations
