@@ -20,11 +20,13 @@ from compiled_attn.zoo import (
     ninformer,
     paraformer_legal,
     pyramid_tnt,
+    rmt,
     sasrec,
     spartan,
     tnt,
     van,
     volo,
+    vsa,
 )
 from compiled_attn.zoo.checkpoint import Report, load_checkpoint
 from compiled_attn.zoo.paper import Paper, Published
@@ -43,11 +45,13 @@ PAPERS: dict[str, Paper] = {
     "ninformer": ninformer.PAPER,
     "paraformer_legal": paraformer_legal.PAPER,
     "pyramid_tnt": pyramid_tnt.PAPER,
+    "rmt": rmt.PAPER,
     "sasrec": sasrec.PAPER,
     "spartan": spartan.PAPER,
     "tnt": tnt.PAPER,
     "van": van.PAPER,
     "volo": volo.PAPER,
+    "vsa": vsa.PAPER,
 }
 
 _WEIGHTS = Path(__file__).parent / "weights"
