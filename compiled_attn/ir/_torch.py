@@ -201,13 +201,6 @@ def size_hints(shape_env: Any) -> str:
     return str(sorted((str(k), str(v)) for k, v in found.items()))
 
 
-def aoti_load(path: str) -> Any:
-    """Loads a `.pt2` made by AOTInductor: `.loader.boxed_run(flat tensors)` runs it, one call at a time."""
-    import torch._inductor
-
-    return torch._inductor.aoti_load_package(path)
-
-
 def compile_fx(module: fx.GraphModule, example_inputs: list[Any], options: dict[str, Any] | None = None) -> Any:
     """Inductor's just-in-time compile, through AOTAutograd, of a graph module on (fake) inputs."""
     from torch._inductor.compile_fx import compile_fx as inner

@@ -105,7 +105,6 @@ def build_package(build: Build, path: str | Path) -> Path:
 
     settings = build.settings
     targets.require_here(settings.target)
-    lower.register()
     began = time.perf_counter()
     program = lower.lower(build.program, settings.target, build.notes, strict=settings.strict)
     options = lower.inductor_config(settings.target, program)
@@ -114,6 +113,7 @@ def build_package(build: Build, path: str | Path) -> Path:
         build.seconds["fetched"] = time.perf_counter() - began
         _hold_to_templates(build, Path(path))
         return Path(path)
+    lower.register()
     try:
         with torch.no_grad():
             found = _torch.aoti_package(program.to_exported(), str(path), options)

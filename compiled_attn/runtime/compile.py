@@ -123,7 +123,7 @@ class CompiledModel:
         entry = self.entry_for(args, kwargs)
         inputs, sizes = entry.caller.check(entry.caller.bind(args, kwargs))
         with torch.no_grad():
-            outputs = entry.runner.loader.boxed_run(inputs)
+            outputs = entry.runner.boxed_run(inputs)
         return entry.caller.restore(outputs, sizes)
 
     @property
@@ -174,7 +174,7 @@ class CompiledModel:
         try:
             package = build_package(build, folder / "model.pt2")
             began = time.perf_counter()
-            runner = _torch.aoti_load(str(package))
+            runner = _torch.package_loader(str(package))
             build.seconds["load"] = time.perf_counter() - began
         finally:
             shutil.rmtree(folder, ignore_errors=True)

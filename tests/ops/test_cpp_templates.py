@@ -94,10 +94,10 @@ def test_a_package_needs_no_library_beside_and_takes_any_batch_and_length(dtype,
         program.to_exported(), str(tmp_path / "model.pt2"), lower.inductor_config(target, program)
     )
     assert templates_in_package(path) == ALL
-    run = _torch.aoti_load(path)
+    loader = _torch.package_loader(path)
     for batch, count in ((2, 13), (1, 8), (5, 70)):
         x = torch.randn(batch, count, 24, dtype=dtype)
-        check(run(x), reference(model, x), dtype)
+        check(tuple(loader.boxed_run([x])), reference(model, x), dtype)
 
 
 def test_what_no_template_accepts_becomes_its_decomposition_and_says_why():
