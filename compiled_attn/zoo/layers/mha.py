@@ -17,8 +17,13 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Queries of x [B, N, C], keys and values of memory [B, M, C] (of x itself where None): [B, N, C]."""
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, causal: bool = False, seen: Tensor | None = None
+    ) -> Tensor:
+        """Queries of x [B, N, C], keys and values of memory [B, M, C] (of x itself where None): [B, N, C].
+
+        seen: which keys there are, bool broadcastable to [B, H, N, M]; every query needs one.
+        """
         if memory is None:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
@@ -26,4 +31,5 @@ class MultiheadAttention(nn.Module):
             q = F.linear(x, self.in_proj_weight[:width], self.in_proj_bias[:width])
             k, v = F.linear(memory, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)  # [B, H, N, D]
+        return self.out_proj(out.transpose(1, 2).flatten(2))
