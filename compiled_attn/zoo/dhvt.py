@@ -9,7 +9,6 @@ Known differences: no dropout and no stochastic depth (both are off in the refer
 synchronised between devices. As there, tokens are laid out in a square whatever the picture's shape.
 """
 
-import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiled_attn.ir.errors import CompiledAttnError
-from compiled_attn.zoo.layers.conv import conv_norm, depthwise
+from compiled_attn.zoo.layers.conv import conv_norm, depthwise, to_square
 from compiled_attn.zoo.layers.vit import EPSILON, Attention, initialise
 from compiled_attn.zoo.paper import Paper, Published
 
@@ -161,20 +160,6 @@ class DHVT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.tokens(x)[:, 0])
-
-
-def to_square(tokens: Tensor) -> Tensor:
-    """Tokens [B, n * n, C] as a map [B, C, n, n]."""
-    count = tokens.shape[1]
-    side = math.isqrt(count)
-    if side * side != count:
-        raise CompiledAttnError(
-            "the patches do not make a square",
-            where="zoo.dhvt.DHVT",
-            facts=f"there are {count} patches, {side} x {side} are {side * side}",
-            do="give a square picture",
-        )
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
 
 
 TINY_CIFAR = Config(192, 4, img_size=32, patch_size=4, classes=100)

@@ -5,6 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiled_attn.ir.errors import CompiledAttnError
+
 
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of every pixel (ConvNeXt, Liu et al., arXiv 2201.03545)."""
@@ -28,6 +30,20 @@ def conv_norm(in_channels: int, channels: int, stride: int = 2) -> nn.Sequential
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(channels)
     )
+
+
+def to_square(tokens: Tensor) -> Tensor:
+    """Tokens [B, n * n, C] as a map [B, C, n, n]."""
+    count = tokens.shape[1]
+    side = math.isqrt(count)
+    if side * side != count:
+        raise CompiledAttnError(
+            "the patches do not make a square",
+            where="zoo.layers.conv.to_square",
+            facts=f"there are {count} patches, {side} x {side} are {side * side}",
+            do="give a square picture",
+        )
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
 
 
 def initialise(model: nn.Module, *, fan_out: bool) -> None:
