@@ -157,9 +157,9 @@ def compile_package(
     exported: torch.export.ExportedProgram, path: str, options: dict[str, Any], in_tree: str, out_tree: str
 ) -> str:
     """AOTInductor's package of a program of flat arguments; its pytree specs are written as in_tree and out_tree."""
+    import torch._inductor.package as packaging
     from torch._export.utils import _compiling_state_context
     from torch._inductor.compile_fx import _aoti_flatten_inputs, compile_fx_aot
-    from torch._inductor.package import package_aoti
 
     args, kwargs = exported.example_inputs
     module = exported.module(check_guards=False)
@@ -167,8 +167,8 @@ def compile_package(
     found["aot_inductor.package"] = True
     found["aot_inductor.serialized_in_spec"], found["aot_inductor.serialized_out_spec"] = in_tree, out_tree
     with torch.no_grad(), _compiling_state_context():
-        files = compile_fx_aot(module, flat, config_patches=found)
-    return str(package_aoti(path, files))
+        files: Any = compile_fx_aot(module, flat, config_patches=found)
+    return str(packaging.package_aoti(path, files))  # type: ignore[attr-defined]
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -397,7 +397,7 @@ def _weights(stack: contextlib.ExitStack, cross: Cross) -> None:
     import torch._inductor.graph as graph
     from torch._subclasses.fake_tensor import FakeTensor
 
-    same_before = graph.is_same_tensor
+    same_before = graph.is_same_tensor  # type: ignore[attr-defined]
     value_before = graph.GraphLowering.get_original_value_of_constant
 
     class OnCuda(torch.Tensor):
@@ -428,9 +428,7 @@ def _weights(stack: contextlib.ExitStack, cross: Cross) -> None:
 
 
 def _weights_fit() -> str | None:
-    import torch._inductor.graph as graph
-
-    taken = list(inspect.signature(graph.is_same_tensor).parameters)
+    taken = list(inspect.signature(_resolve("torch._inductor.graph.is_same_tensor")).parameters)
     return None if len(taken) == 2 else f"is_same_tensor now takes {', '.join(taken)}"
 
 

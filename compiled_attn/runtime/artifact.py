@@ -63,7 +63,7 @@ def write_artifact(
     text = stated.to_bytes()
     contract.from_bytes(text, str(path))
     pieces = archive.pack([(contract.MEMBER, text), *members], hashlib.sha256(text).hexdigest())
-    size, digest = _write(path, pieces)
+    size, digest = write_file(path, pieces)
     return Artifact(path, digest, size, stated)
 
 
@@ -98,13 +98,13 @@ def versions_of(target: Target, more: Mapping[str, str] | None = None) -> dict[s
     """What takes part in a build here. more: in place of torch's CUDA, where another made the machine code."""
     versions = {"compiled_attn": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     if more is not None:
-        return versions | more
+        return {**versions, **more}
     if target.kind == "cuda":
         versions["cuda"] = str(torch.version.cuda)
     return versions
 
 
-def _write(path: Path, pieces: Any) -> tuple[int, str]:
+def write_file(path: Path, pieces: Any) -> tuple[int, str]:
     """Writes beside `path`, then renames. Returns size and SHA-256 in hex."""
     digest, size = hashlib.sha256(), 0
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

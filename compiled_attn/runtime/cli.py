@@ -181,6 +181,17 @@ def finish(sources: Path, output: Path, cuda_dir: Path | None) -> None:
 
 @main.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--target", required=True, help="Which of the file's targets.")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file: .pt2.")
+def extract(artifact: Path, target: str, output: Path) -> None:
+    """Take the build for one target out of a file that holds several, for the C++ runner."""
+    from compiled_attn.runtime.bundle import extract as take
+
+    click.echo(f"{output}  sha256 {take(artifact, target, output)}")
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
 def inspect(artifact: Path) -> None:
     """Check an artifact and print its contract; none of its code is run."""
     from compiled_attn.runtime import describe

@@ -54,7 +54,8 @@ def main() -> None:
 def compile_job(folder: Path, stage: Any) -> dict[str, Any]:
     """Compiles the job in `folder`; returns kernels, seconds and versions."""
     job = json.loads((folder / "job.json").read_text())
-    target = Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["target"].items()})
+    figures: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in job["target"].items()}
+    target = Target(**figures)
     _require_fit(target)
     stage(STAGES[0])
     began = time.perf_counter()

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from compiled_attn.ir import machine, targets
-from compiled_attn.ir.errors import TargetError
+from compiled_attn.ir.errors import LowerError, TargetError
+from compiled_attn.runtime import cross_toolchain
 from compiled_attn.runtime.measure import cache_folder
 from compiled_attn.runtime.report import aligned
 
@@ -100,6 +101,7 @@ def doctor() -> Report:
             _target(),
             _cuda(),
             _triton(),
+            _cross(),
             *_packages(),
             _cmake(),
             _cache(),
@@ -192,7 +194,7 @@ def _cuda() -> Fact:
         version = torch.version.cuda
         names = ", ".join(f"{g.name} (sm_{g.sm}, {g.memory_gib:.0f} GiB)" for g in gpus)
         return Fact("CUDA", f"{names}, torch for CUDA {version}")
-    off = "running on a GPU; explain and the kernels' machine code for CUDA targets still work"
+    off = "running on a GPU; export and explain for CUDA targets still work"
     if torch.version.cuda is None:
         return Fact(
             "CUDA", "missing: this torch is built for the CPU alone", off, "install torch with CUDA (pytorch.org)"
@@ -205,6 +207,16 @@ def _cuda() -> Fact:
 def _triton() -> Fact:
     off = "kernels for CUDA targets, and checking them"
     return _package("triton", "triton", off, "triton")
+
+
+def _cross() -> Fact:
+    """Whether `export` can build for a GPU that is not here."""
+    off = "export for a GPU that is not here"
+    try:
+        folder = cross_toolchain.headers()
+    except LowerError:
+        return Fact("cross builds", "missing: the CUDA headers' wheels", off, "pip install 'compiled-attn[cross]'")
+    return Fact("cross builds", f"CUDA {cross_toolchain.headers_version(folder)} headers, for GPUs that are not here")
 
 
 def _packages() -> list[Fact]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from compiled_attn.ir.errors import PassError
+from compiled_attn.ir import targets
+from compiled_attn.ir.errors import PassError, TargetError
 from compiled_attn.ir.targets import Target
 from compiled_attn.passes.base import Pass
 from compiled_attn.runtime import cross, cross_sources, describe
 from compiled_attn.runtime.artifact import Artifact, write_artifact
 from compiled_attn.runtime.build import Build, Settings, build_package, prepare
+from compiled_attn.runtime.bundle import Bundle, write_bundle
 from compiled_attn.runtime.contract import CROSS, Call
 from compiled_attn.runtime.cross_attention import fuse_attention
 from compiled_attn.runtime.host import needs_of
@@ -29,18 +32,19 @@ def export(
     kwargs: Mapping[str, Any] | None = None,
     *,
     path: str | Path,
-    target: str | Target = "auto",
+    target: str | Target | Sequence[str | Target] = "auto",
     dynamic_shapes: Any = None,
     precision: str | None = None,
     passes: Sequence[Pass] = (),
     strict: bool = False,
     tune: str = "heuristic",
-) -> Artifact | OnnxFile:
+) -> Artifact | OnnxFile | Bundle:
     """Compiles `model` into an artifact at `path` that `compiled_attn.load` and the C++ runner run without the model.
 
     target: a GPU that this machine does not have is built for all the same (runtime/cross.py); the contract then says
     "cross-compiled, not run on the target". A path that ends in `.zip` gets sources, cubins and PTX to be built on the
-    target's own host (runtime/cross_sources.py), which a target with another processor (orin) needs.
+    target's own host (runtime/cross_sources.py), which a target with another processor (orin) needs. Several targets
+    give one file, of which `load` takes the part that fits its machine (runtime/bundle.py).
     A path that ends in `.onnx` gives an ONNX file instead (runtime/onnx.py): vocabulary ops by their decompositions,
     checked against the model in ONNX Runtime where that is installed; target, strict and tune do not apply to it.
 
@@ -51,6 +55,9 @@ def export(
     """
     if Path(path).suffix == ".onnx":
         return _export_onnx(model, args, kwargs, path, dynamic_shapes, precision, passes)
+    if not isinstance(target, (str, Target)):
+        options = {"dynamic_shapes": dynamic_shapes, "precision": precision, "passes": passes}
+        return _export_all(target, path, partial(export, model, args, kwargs, **options, strict=strict, tune=tune))
     settings = Settings.of(
         target,
         passes=tuple(passes),
@@ -61,6 +68,22 @@ def export(
     )
     cross.require_possible(settings.target, path)
     return export_build(prepare(model, args, kwargs, settings), path)
+
+
+def _export_all(wanted: Sequence[str | Target], path: str | Path, one: Callable[..., Any]) -> Bundle:
+    """One file with a build for each target; none is written where one fails."""
+    found = [t if isinstance(t, Target) else targets.load(t) for t in wanted]
+    if not found or cross.is_sources(path):
+        raise TargetError(
+            "several targets do not go into a package of sources" if found else "no target is named",
+            where=str(path),
+            facts=f"{len(found)} targets, and the path ends in {Path(path).suffix or 'nothing'}",
+            do="give a path that ends in .pt2 and at least one target",
+        )
+    for target in found:
+        cross.require_possible(target, path)
+    with tempfile.TemporaryDirectory(prefix="compiled_attn-") as folder:
+        return write_bundle(path, [one(target=t, path=Path(folder) / f"{i}.pt2") for i, t in enumerate(found)])
 
 
 def _export_onnx(

@@ -80,14 +80,14 @@ def _rows(node: fx.Node, target: Target, sizes: Mapping[str, int]) -> list[tuple
     roof = _roof(cost.at(cost.node_cost(node), sizes), target, _dtype_of(node))
     if node.target is SDPA:
         operator, because = foreseen(node, target)
-        found = [(place(node), "attention", f"{operator}, an operator of torch", roof)]
+        found: list[tuple[str, ...]] = [(place(node), "attention", f"{operator}, an operator of torch", roof)]
         return found + ([("", "not fused", f"because {because}")] if because else [])
     op = op_of(node.target)
     if op is None:
         return []
     args, kwargs = values_of(node)
     template, misses = registry.choose(op.name, args, kwargs, target)
-    rows = [(place(node), f"not {name}", f"because {because}") for name, because in misses]
+    rows: list[tuple[str, ...]] = [(place(node), f"not {name}", f"because {because}") for name, because in misses]
     rows.append((place(node), op.name, template.name if template else "decomposition", roof))
     if template is not None:
         for launch in triton_needs.launches(op.name, args, kwargs, target):

@@ -53,7 +53,7 @@ def require_machine(needs: Needs, where: str) -> None:
             do="export the model on a machine of this kind",
         )
     found = machine.here()
-    missing = [f for f in needs.isa if not f.startswith("sm_") and f not in found.flags]
+    missing = _missing(needs)
     if missing:
         raise ContractError(
             "this CPU lacks instructions that the artifact needs",
@@ -63,6 +63,20 @@ def require_machine(needs: Needs, where: str) -> None:
         )
     if needs.device == "cuda":
         _require_gpu(needs, found, where)
+
+
+def lacks(needs: Needs) -> str | None:
+    """None where this host's system and processor run the artifact's host code, else the reason as half a sentence."""
+    here, built = f"{sys.platform} {platform.machine()}", f"{needs.platform} {needs.machine}"
+    if here != built:
+        return f"it is for {built}, this is {here}"
+    missing = _missing(needs)
+    return f"this CPU lacks {', '.join(missing)}" if missing else None
+
+
+def _missing(needs: Needs) -> list[str]:
+    flags = machine.here().flags
+    return [f for f in needs.isa if not f.startswith("sm_") and f not in flags]
 
 
 def capability_of(needs: Needs) -> int:

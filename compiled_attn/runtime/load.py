@@ -16,7 +16,7 @@ import torch
 
 from compiled_attn.ir import _torch
 from compiled_attn.ir.errors import ContractError
-from compiled_attn.runtime import archive, contract, package
+from compiled_attn.runtime import archive, bundle, contract, package
 from compiled_attn.runtime.call import Caller
 from compiled_attn.runtime.contract import Contract
 from compiled_attn.runtime.host import require_device, require_machine
@@ -33,12 +33,13 @@ class Contents:
     members: Mapping[str, memoryview]
 
 
-def read(path: str | Path, *, expect_sha256: str | None = None) -> Contents:
+def read(path: str | Path, *, expect_sha256: str | None = None, target: str | None = None) -> Contents:
     """Reads an artifact once and checks all of it, for any machine; no code of it is run, nothing is written.
 
+    target: which of a file for several targets; left out, the first of them.
     Raises ContractError: no artifact, damaged, no well-formed contract, or a contract that the members contradict.
     """
-    return _checked(Path(path), _bytes_of(Path(path), expect_sha256), None)
+    return _checked(Path(path), _bytes_of(Path(path), expect_sha256), None, target=target)
 
 
 def load(
@@ -60,7 +61,8 @@ def load(
     that contradicts the package, another torch release, another machine or CPU. Safe to call from several threads.
     """
     path = Path(path)
-    contents = _checked(path, _bytes_of(path, expect_sha256), torch.__version__)
+    asked = None if device is None else str(device)
+    contents = _checked(path, _bytes_of(path, expect_sha256), torch.__version__, device=asked)
     where = _device(contents.contract, device, path)
     if where.type == "cuda":
         require_device(contents.contract.target, where.index, str(path))
@@ -131,10 +133,28 @@ def _bytes_of(path: Path, expect_sha256: str | None) -> bytes:
     return data
 
 
-def _checked(path: Path, data: bytes, torch_version: str | None) -> Contents:
-    """All checks of a file's bytes. torch_version: also check release and machine, before the package's own word."""
-    where = str(path)
+def _checked(
+    path: Path,
+    data: bytes | memoryview,
+    torch_version: str | None,
+    *,
+    device: str | None = None,
+    target: str | None = None,
+    part: bundle.Part | None = None,
+) -> Contents:
+    """All checks of a file's bytes. torch_version: also check release and machine, before the package's own word.
+
+    device, target: which part of a file for several targets.  part: which of them `data` is.
+    """
+    where = str(path) if part is None else f"{path}, member {part.member}"
     members, digest = archive.unpack(memoryview(data), where)
+    if bundle.INDEX in members and part is None:
+        parts = bundle.parts_of(members, digest, where)
+        if target is not None:
+            chosen, payload = bundle.named(parts, target, where)
+        else:
+            chosen, payload = bundle.choose(parts, where, device=device) if torch_version is not None else parts[0]
+        return _checked(path, payload, torch_version, part=chosen)
     text = members.pop(contract.MEMBER, None)
     if text is None:
         raise ContractError(
@@ -152,6 +172,13 @@ def _checked(path: Path, data: bytes, torch_version: str | None) -> Contents:
         )
     stated = contract.from_bytes(bytes(text), where)
     _compare_members(stated, members, where)
+    if part is not None and part.target != stated.target:
+        raise ContractError(
+            "the index of targets contradicts a contract",
+            where=where,
+            facts=f"the index states {part.target.name}, its contract {stated.target.name}, or another need of theirs",
+            do="export the model again; an index is never edited by hand",
+        )
     if torch_version is not None:
         _require_torch(stated, torch_version, where)
         require_machine(stated.target, where)

@@ -4,11 +4,13 @@ Nothing that is built here has run on a device.
 """
 
 import importlib
+import json
 import os
 import re
 import sys
 import textwrap
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ import compiled_attn as ca
 from compiled_attn.ir import _torch_cross, machine, targets
 from compiled_attn.ir.errors import CaptureError, ContractError, LowerError, TargetError
 from compiled_attn.ir.machine import Gpu
-from compiled_attn.runtime import cross, describe
+from compiled_attn.runtime import archive, bundle, contract, cross, describe
 from compiled_attn.runtime.build import Settings, prepare
 from compiled_attn.runtime.contract import CROSS, NATIVE
 from compiled_attn.runtime.load import load, read
@@ -64,11 +66,11 @@ def test_a_build_for_an_absent_gpu_holds_our_kernels_every_weight_and_only_known
 @headers
 def test_its_contract_says_that_it_has_not_run_and_asks_for_a_plain_host(built):
     artifact, _, _ = built
-    contract = read(artifact.path).contract
-    assert contract.target.origin == CROSS == "cross-compiled, not run on the target"
-    assert "sm_80" in contract.target.isa and not any("avx512" in flag for flag in contract.target.isa)
-    assert contract.call.tensors[0].device == "cuda" and contract.call.tensors[0].shape[0] == "batch"
-    assert CROSS in describe.text(contract)
+    stated = read(artifact.path).contract
+    assert stated.target.origin == CROSS == "cross-compiled, not run on the target"
+    assert "sm_80" in stated.target.isa and not any("avx512" in flag for flag in stated.target.isa)
+    assert stated.call.tensors[0].device == "cuda" and stated.call.tensors[0].shape[0] == "batch"
+    assert CROSS in describe.text(stated)
 
 
 @no_gpu
@@ -291,3 +293,87 @@ def test_a_candidate_that_spills_is_taken_only_where_all_do_and_the_fuller_multi
     assert _torch_cross.choose([kernel(255, 64, 0), kernel(255, 32, 0)], props) == 1
     assert _torch_cross.choose([kernel(32, 0, 160_000), kernel(32, 0, 8_000)], props) == 1
     assert _torch_cross.choose([kernel(32, 0, 0), kernel(32, 0, 0)], props) == 0
+
+
+@pytest.fixture(scope="module")
+def several(built, fixed, tmp_path_factory):
+    """One file for an A100 and for this CPU, of two models: the CPU's is Fixed."""
+    path = tmp_path_factory.mktemp("several") / "both.pt2"
+    return bundle.write_bundle(path, [fixed.artifact, built[0]]), path
+
+
+@no_gpu
+@headers
+def test_of_a_file_for_several_targets_load_takes_the_one_that_is_here(several, fixed):
+    whole, path = several
+    assert [part.contract.target.name for part in whole.parts] == ["a100", "cpu"]
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(load(path)(x), fixed.model(x))
+
+
+@no_gpu
+@headers
+def test_a_gpu_that_is_here_goes_before_the_cpu_and_a_named_device_before_both(several, monkeypatch):
+    path = several[1]
+    members, digest = archive.unpack(memoryview(path.read_bytes()), "file")
+    parts = bundle.parts_of(members, digest, "file")
+    _machine_with(monkeypatch, Gpu("NVIDIA H100", 90, 132, 80.0), Gpu("NVIDIA A100", 80, 108, 80.0))
+    assert bundle.choose(parts, "file")[0].target.name == "a100"
+    assert bundle.choose(parts, "file", device="cuda:1")[0].target.name == "a100"
+    assert bundle.choose(parts, "file", device="cpu")[0].target.name == "cpu"
+    with pytest.raises(ContractError, match="none of the file's targets is here") as caught:
+        bundle.choose(parts, "file", device="cuda:0")
+    assert "NVIDIA H100 (9.0)" in caught.value.facts and "cuda:0 was asked for" in caught.value.facts
+
+
+@no_gpu
+@headers
+def test_a_part_can_be_read_and_taken_out_by_its_targets_name(several, built, tmp_path):
+    path = several[1]
+    assert read(path, target="a100").contract == built[0].contract
+    assert bundle.extract(path, "a100", tmp_path / "part.pt2") == built[0].sha256
+    assert (tmp_path / "part.pt2").read_bytes() == built[1]
+    with pytest.raises(ContractError, match="holds no build for h100") as caught:
+        read(path, target="h100")
+    assert "a100, cpu" in caught.value.facts
+    with pytest.raises(ContractError, match="two builds are for a100"):
+        bundle.write_bundle(tmp_path / "twice.pt2", [built[0], built[0]])
+
+
+def _rewritten(path, edit, folder):
+    """The file with another index, sealed by someone who knows the writer."""
+    members, _ = archive.unpack(memoryview(path.read_bytes()), "file")
+    index = json.loads(bytes(members.pop(bundle.INDEX)))
+    index = edit(index) or index
+    text = contract.canonical(index)
+    changed = folder / "changed.pt2"
+    changed.write_bytes(b"".join(archive.pack([(bundle.INDEX, text), *members.items()], sha256(text).hexdigest())))
+    return changed
+
+
+FORGED_INDEX = {
+    "names swapped": (lambda i: i["parts"][1]["target"].update(name="zen9"), "index of targets contradicts a contract"),
+    "a part less": (lambda i: i["parts"].pop(), "not those that the index of targets names"),
+    "another digest": (lambda i: i["parts"][1].update(sha256="0" * 64), "is not the one that the index names"),
+    "another version": (lambda i: i.update(bundle_version=2), "not well formed"),
+    "no list": (lambda i: i.update(parts=3), "not well formed"),
+    "no text": (lambda i: i["parts"][0]["target"].update(isa=[3]), "not well formed"),
+    "nothing": (lambda _: {"none": []}, "not well formed"),
+}
+
+
+@no_gpu
+@headers
+@pytest.mark.parametrize(("edit", "sentence"), FORGED_INDEX.values(), ids=FORGED_INDEX)
+def test_an_index_of_targets_that_lies_is_refused_in_words(several, tmp_path, edit, sentence):
+    with pytest.raises(ContractError) as caught:
+        load(_rewritten(several[1], edit, tmp_path))
+    assert sentence in caught.value.what and caught.value.do
+
+
+def test_several_targets_are_no_package_of_sources_and_none_is_no_target(tmp_path):
+    model, args = nn.Linear(4, 4).eval(), (torch.randn(2, 4),)
+    for wanted, name in ((("a100", "l4"), "m.zip"), ((), "m.pt2")):
+        with pytest.raises(TargetError):
+            ca.export(model, args, target=wanted, path=tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
