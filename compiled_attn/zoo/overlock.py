@@ -201,11 +201,11 @@ class ContextBlock(nn.Module):
         # weight_proj(key^T query) = (weight_proj key^T) query: what meets the pixels has K^2 rows and no 49 in between
         window_key = self.weight_proj.weight[:, :, 0, 0] @ key.transpose(2, 3)  # [B, H, k^2 + K^2, D]
         logits = window_key @ query.flatten(3) + self.weight_proj.bias[:, None]  # [B, H, k^2 + K^2, Y * X]
-        values = fused.unflatten(1, (2, self.heads, -1)).unbind(1)  # two of [B, H, C / 2H, Y, X]
-        parts, tables = logits.split([k * k for k in self.kernels], 2), (self.rpb1, self.rpb2)
+        small_logits, large_logits = logits.split([k * k for k in self.kernels], 2)
+        small_values, large_values = fused.unflatten(1, (2, self.heads, -1)).unbind(1)  # each [B, H, C / 2H, Y, X]
         mixed = [
-            mix_neighborhoods(part, table, value, kernel)
-            for part, table, value, kernel in zip(parts, tables, values, self.kernels, strict=True)
+            mix_neighborhoods(small_logits, self.rpb1, small_values, self.kernels[0]),
+            mix_neighborhoods(large_logits, self.rpb2, large_values, self.kernels[1]),
         ]
         return shrink(torch.cat(mixed, dim=1).flatten(1, 2), height, width)
 
