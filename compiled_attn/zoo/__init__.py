@@ -9,6 +9,7 @@ from torch import nn
 
 from compiled_attn.ir.errors import CheckpointError, CompiledAttnError
 from compiled_attn.zoo import (
+    atoken,
     attentive_cnn,
     attnet,
     convit,
@@ -21,6 +22,7 @@ from compiled_attn.zoo import (
     evit,
     fan_tap,
     focalnet,
+    halonet,
     moat,
     ninformer,
     overlock,
@@ -40,6 +42,7 @@ from compiled_attn.zoo.paper import Paper, Published
 __all__ = ["PAPERS", "Paper", "Published", "Report", "create", "load_checkpoint", "names"]
 
 PAPERS: dict[str, Paper] = {
+    "atoken": atoken.PAPER,
     "attentive_cnn": attentive_cnn.PAPER,
     "attnet": attnet.PAPER,
     "convit": convit.PAPER,
@@ -52,6 +55,7 @@ PAPERS: dict[str, Paper] = {
     "evit": evit.PAPER,
     "fan_tap": fan_tap.PAPER,
     "focalnet": focalnet.PAPER,
+    "halonet": halonet.PAPER,
     "moat": moat.PAPER,
     "ninformer": ninformer.PAPER,
     "overlock": overlock.PAPER,
