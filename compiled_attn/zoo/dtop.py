@@ -165,7 +165,7 @@ class CrossAttention(nn.Module):
 
         The heads' products add up to the product over all channels, so the scores need no heads.
         """
-        q, k, v = self.q(query).expand(x.shape[0], -1, -1), self.k(x), self.v(x)
+        q, k, v = self.q(query), self.k(x), self.v(x)
         scale = (q.shape[-1] // self.heads) ** -0.5
         scores = (q @ k.mT) * (scale / self.heads)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
@@ -219,7 +219,7 @@ class PruneHead(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What tokens [B, M, C] leave on the canvas [B, classes, M], how sure each class is there [B, classes, 1]."""
-        query, scores = self.decoder(self.q.weight[None], self.proj_norm(self.input_proj(x)), seen)
+        query, scores = self.decoder(self.q.weight.expand(x.shape[0], -1, -1), self.proj_norm(self.input_proj(x)), seen)
         return scores, self.class_embed(query).softmax(dim=-1)[..., :1]
 
     def predict(self, canvas: Tensor, weight: Tensor | None) -> Tensor:

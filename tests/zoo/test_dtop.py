@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compiled_attn.zoo.dtop import Config, DToP, SETRHead, done, easy, feature_map
 
 SMALL = {"width": 24, "heads": 3, "depth": 4, "img_size": 48, "patch_size": 4, "classes": 6, "keep": 3}
-SEGVIT = Config(**SMALL, stages=(0, 2, 3), thresholds=(0.25, 0.016), channels=16, head_heads=2, layers=2)
+SEGVIT = Config(**SMALL, stages=(0, 2, 3), thresholds=(0.25, 0.012), channels=16, head_heads=2, layers=2)
 SETR = Config(**SMALL, stages=(1, 2, 3), thresholds=(0.4, 0.4), channels=16, host="setr")
 
 
