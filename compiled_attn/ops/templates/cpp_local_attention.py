@@ -29,9 +29,9 @@ def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str |
         return f"its elements are {q.dtype}, the kernel takes float32 and bfloat16"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q is {q.dtype} but k is {k.dtype} and v is {v.dtype}"
-    for name, tensor in (("bias", bias), ("relative logits", relative)):
+    for name, tensor in (("bias is", bias), ("relative logits are", relative)):
         if tensor is not None and tensor.dtype not in DTYPES:
-            return f"its {name} are {tensor.dtype}, the kernel adds float32 and bfloat16"
+            return f"its {name} {tensor.dtype}, the kernel adds float32 and bfloat16"
     for name, width in (("head width", q.shape[-1]), ("value width", v.shape[-1])):
         if not isinstance(width, int):
             return f"its {name} {width} is symbolic, the kernel's memory plan needs a number"

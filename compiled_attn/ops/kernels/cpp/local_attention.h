@@ -12,6 +12,10 @@
 
 #include <vector>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "local_lanes.h"
 #include "local_tiles.h"
 
@@ -80,20 +84,29 @@ inline bool prefers_lanes(const LocalShape& s, bool relative) {
   return lane_work(s) * kLaneCost < tile_work(s);
 }
 
+inline int64_t local_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 // Threads: OpenMP's, one task a run of rows of one head.
 template <class T>
 void by_rows_in_lanes(const LocalShape& s, const T* q, const T* k, const T* v, Numbers bias, T* out) {
-  constexpr int64_t floats = 96 * 1024;  // of transposed keys and values, which the second-level cache holds
   const LocalAxis& a = s.axis[2];
-  const int64_t size = (a.queries + a.dilation - 1) / a.dilation;
-  const int64_t row = (s.width + s.value_width) * (size + 2 * a.window + 2 * kWidth) * s.axis[0].window;
-  const int64_t room = std::max<int64_t>(floats / row - s.axis[1].window + 1, kGroup);
-  const std::vector<Run> z = runs_of(s.axis[0], 1), y = runs_of(s.axis[1], room);
+  const int64_t classes = std::min(a.dilation, a.queries);
+  // Short runs transpose the rows that they share with their neighbours again: no shorter than all threads need.
+  const int64_t columns = s.heads * s.batch * s.axis[0].queries * std::min(s.axis[1].dilation, s.axis[1].queries) * classes;
+  const int64_t parts = (2 * local_threads() + columns - 1) / columns;
+  const int64_t rows_of_class = (s.axis[1].queries + s.axis[1].dilation - 1) / s.axis[1].dilation;
+  const int64_t most = std::max(kGroup, (rows_of_class + parts - 1) / parts);
+  const std::vector<Run> z = runs_of(s.axis[0], 1), y = runs_of(s.axis[1], local_threads() == 1 ? rows_of_class : most);
   std::vector<Run> single;
   for (const Run& run : z) {
     for (int64_t i = 0; i < run.count; ++i) single.push_back({run.residue, run.first + i, 1});
   }
-  const int64_t classes = std::min(a.dilation, a.queries);
   const int64_t rows = int64_t(y.size()), planes = int64_t(single.size());
   const int64_t tasks = s.heads * s.batch * planes * rows * classes;
 #pragma omp parallel if (tasks > 1)

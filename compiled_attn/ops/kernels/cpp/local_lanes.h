@@ -7,7 +7,7 @@
 //
 // A task is a run of rows of one head; its memory plan (floats, W = lanes of a vector, J = distances of a vector):
 //
-//   keys    [rows + window - 1, D, columns]    transposed once for the task; the values likewise
+//   keys    [kGroup + window - 1, D, columns]  transposed, a ring of the rows that a group sees; the values likewise
 //   queries [kGroup, D, W]                     a group of rows, transposed, times scale * log2(e)
 //   scores  [kGroup, window of rows, J, W]     turned into probabilities where they lie
 //   sums    [kGroup, Dv, W]                    the output transposed
@@ -81,21 +81,49 @@ inline std::vector<LaneTile> lane_tiles(const LocalAxis& a, int64_t size) {
   return tiles;
 }
 
+// W rows of W channels, `step` apart, as W vectors of one channel each; zeros for rows from `rows` on.
+template <class T>
+COMPILED_ATTN_INLINE void load_square(const T* from, int64_t step, int64_t rows, Vec (&r)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) r[i] = i < rows ? vload(from + i * step) : vset(0.f);
+  vtranspose(r);
+}
+
+// The same of fewer channels.
+template <class T>
+void load_corner(const T* from, int64_t step, int64_t rows, int64_t channels, Vec (&r)[kWidth]) {
+  for (int64_t i = 0; i < kWidth; ++i) r[i] = i < rows ? vload(from + i * step, channels) : vset(0.f);
+  vtranspose(r);
+}
+
 // to [channels, pitch] = rows of `count` positions, transposed, times `unit`; zeros up to a multiple of W positions.
 template <class T>
 void transpose_rows(const T* from, int64_t step, int64_t count, int64_t width, float unit, float* to, int64_t pitch) {
+  const Vec factor = vset(unit);
   for (int64_t at = 0; at < count; at += kWidth) {
     const int64_t rows = std::min<int64_t>(kWidth, count - at);
     for (int64_t d = 0; d < width; d += kWidth) {
       const int64_t channels = std::min<int64_t>(kWidth, width - d);
+      const T* corner = from + at * step + d;
+      float* target = to + d * pitch + at;
       Vec r[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i) {
-        const T* row = from + (at + i) * step + d;
-        r[i] = i >= rows ? vset(0.f) : channels == kWidth ? vload(row) : vload(row, channels);
+      if (channels == kWidth) {
+        load_square(corner, step, rows, r);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) vstore(target + i * pitch, vmul(r[i], factor));
+      } else {
+        load_corner(corner, step, rows, channels, r);
+        for (int64_t i = 0; i < channels; ++i) vstore(target + i * pitch, vmul(r[i], factor));
       }
-      vtranspose(r);
-      for (int64_t i = 0; i < channels; ++i) vstore(to + (d + i) * pitch + at, vmul(r[i], vset(unit)));
     }
+  }
+}
+
+// Asks for rows of `bytes` that are read next: they lie far apart, beyond what the hardware foresees.
+inline void ask_for(const void* from, int64_t step, int64_t count, int64_t bytes) {
+  const char* row = static_cast<const char*>(from);
+  for (int64_t i = 0; i < count; ++i, row += step) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
   }
 }
 
@@ -114,18 +142,56 @@ class LaneRows {
     const int64_t size = (a.queries - residue + a.dilation - 1) / a.dilation;
     if (size != columns) layout(size);
     take_bias(head);
-    pack(k + b * s.k[0] + head * s.k[4] + residue * s.k[3], s.k, s.width, keys_t);
-    pack(v + b * s.v[0] + head * s.v[4] + residue * s.v[3], s.v, s.value_width, values_t);
+    groups_of(y.count);
     const T* q_head = q + b * s.q[0] + head * s.q[4] + view_z.query[0] * s.q[1] + residue * s.q[3];
+    const T* k_head = k + b * s.k[0] + head * s.k[4] + residue * s.k[3];
+    const T* v_head = v + b * s.v[0] + head * s.v[4] + residue * s.v[3];
     T* out_head = out + b * s.out[0] + head * s.out[4] + view_z.query[0] * s.out[1] + residue * s.out[3];
-    for (const LaneTile& tile : tiles) {
-      for (int64_t first = 0; first < y.count; first += kGroup) {
-        group(tile, first, std::min(kGroup, y.count - first), q_head, out_head);
+    const int64_t planes = int64_t(view_z.position.size());
+    float* keys_to = keys_t.room(planes * ring * s.width * pitch);
+    float* values_to = values_t.room(planes * ring * s.value_width * pitch);
+    int64_t packed = groups.empty() ? 0 : groups[0].low;
+    for (size_t i = 0; i < groups.size(); ++i) {
+      const Group& g = groups[i];
+      for (packed = std::max(packed, g.low); packed < g.high; ++packed) {
+        for (int64_t plane = 0; plane < planes; ++plane) {
+          const int64_t slot = plane * ring + packed % ring;
+          pack(k_head, s.k, plane, packed, s.width, keys_to + slot * s.width * pitch);
+          pack(v_head, s.v, plane, packed, s.value_width, values_to + slot * s.value_width * pitch);
+        }
+      }
+      for (size_t tile = 0; tile < tiles.size(); ++tile) {
+        if (i + 1 < groups.size()) foresee(groups[i + 1], packed, tile, q_head, k_head, v_head);
+        group(tiles[tile], g, q_head, out_head);
       }
     }
   }
 
  private:
+  // Rows of queries, and the rows of keys that they see among those of the run.
+  struct Group {
+    int64_t first, count, low, high;
+  };
+
+  void groups_of(int64_t count) {
+    const int64_t parts = (count + kGroup - 1) / kGroup, rows_y = int64_t(view_y.position.size());
+    groups.clear();
+    ring = 1;
+    for (int64_t i = 0, first = 0; i < parts; ++i) {
+      Group g{first, count / parts + (i < count % parts), rows_y, 0};
+      for (int64_t r = first; r < first + g.count; ++r) {
+        for (int64_t j = 0; j < rows_y; ++j) {
+          if (view_y.code[r * rows_y + j] == kUnseen) continue;
+          g.low = std::min(g.low, j);
+          g.high = std::max(g.high, j + 1);
+        }
+      }
+      ring = std::max(ring, g.high - g.low);
+      first += g.count;
+      groups.push_back(g);
+    }
+  }
+
   void layout(int64_t size) {
     const LocalAxis& a = s.axis[2];
     columns = size;
@@ -149,48 +215,62 @@ class LaneRows {
     }
   }
 
-  // Every row of keys that the run sees, transposed, with zeros left and right of it.
-  void pack(const T* from, const int64_t (&strides)[5], int64_t width, std::vector<float>& to) {
-    const int64_t rows = int64_t(view_z.position.size() * view_y.position.size());
-    to.resize(rows * width * pitch + kWidth);
-    float* row = to.data();
-    const int64_t step = strides[3] * s.axis[2].dilation;
-    const int64_t used = margin + (columns + kWidth - 1) / kWidth * kWidth;
+  // One row of keys, transposed. What lies left and right of a row is zero since `layout`.
+  void pack(const T* from, const int64_t (&strides)[5], int64_t plane, int64_t row, int64_t width, float* to) {
+    const int64_t i = view_z.position[plane], j = view_y.position[row];
+    if (i < 0 || j < 0) {
+      std::memset(to, 0, width * pitch * sizeof(float));
+    } else {
+      const int64_t step = strides[3] * s.axis[2].dilation;
+      transpose_rows(from + i * strides[1] + j * strides[2], step, columns, width, 1.f, to + margin, pitch);
+    }
+  }
+
+  // Asks for a tile's share of what the next group reads.
+  void foresee(const Group& next, int64_t packed, size_t tile, const T* q_head, const T* k_head, const T* v_head) const {
+    const LaneTile& t = tiles[tile];
+    const int64_t d = s.axis[2].dilation;
+    for (int64_t r = 0; r < next.count; ++r) {
+      const T* row = q_head + view_y.query[next.first + r] * s.q[2] + t.first * d * s.q[3];
+      ask_for(row, d * s.q[3] * sizeof(T), t.count, s.width * sizeof(T));
+    }
     for (int64_t i : view_z.position) {
-      for (int64_t j : view_y.position) {
-        const bool real = i >= 0 && j >= 0;
-        for (int64_t d = 0; d < width; ++d) {
-          std::fill(row + d * pitch, row + d * pitch + (real ? margin : pitch), 0.f);
-          std::fill(row + d * pitch + used, row + (d + 1) * pitch, 0.f);
-        }
-        if (real) transpose_rows(from + i * strides[1] + j * strides[2], step, columns, width, 1.f, row + margin, pitch);
-        row += width * pitch;
+      for (int64_t row = packed; row < next.high; ++row) {
+        const int64_t j = view_y.position[row];
+        if (i < 0 || j < 0) continue;
+        const T* key = k_head + i * s.k[1] + j * s.k[2] + t.first * d * s.k[3];
+        const T* value = v_head + i * s.v[1] + j * s.v[2] + t.first * d * s.v[3];
+        ask_for(key, d * s.k[3] * sizeof(T), t.count, s.width * sizeof(T));
+        ask_for(value, d * s.v[3] * sizeof(T), t.count, s.value_width * sizeof(T));
       }
     }
   }
 
-  // Rows `first` to `first + count` of the run, the tile's columns.
-  void group(const LaneTile& tile, int64_t first, int64_t count, const T* q_head, T* out_head) {
+  // The group's rows, the tile's columns.
+  void group(const LaneTile& tile, const Group& g, const T* q_head, T* out_head) {
+    const int64_t first = g.first, count = g.count;
     const int64_t rows_z = int64_t(view_z.position.size()), rows_y = int64_t(view_y.position.size());
     const int64_t step_q = s.q[3] * s.axis[2].dilation, step_out = s.out[3] * s.axis[2].dilation;
     const int64_t span = tile.distances * kWidth;
-    queries.resize(kGroup * s.width * kWidth);
-    scores.resize(kGroup * rows_z * rows_y * span);
-    sums.assign(kGroup * s.value_width * kWidth, 0.f);
+    queries.room(kGroup * s.width * kWidth);
+    scores.room(kGroup * rows_z * ring * span);
+    sums.room(kGroup * s.value_width * kWidth);
+    std::memset(sums.data(), 0, count * s.value_width * kWidth * sizeof(float));
     for (int64_t r = 0; r < count; ++r) {
       const T* row = q_head + view_y.query[first + r] * s.q[2] + tile.first * step_q;
       transpose_rows(row, step_q, tile.count, s.width, s.scale * kLog2e, queries.data() + r * s.width * kWidth, kWidth);
       for (int lane = 0; lane < kWidth; ++lane) peak[r][lane] = kMinusInfinity;
       used[r] = 0;
     }
-    meet(tile, first, count, [&](int64_t key_row, int64_t r, int64_t rows) {
-      const float* key = keys_t.data() + key_row * s.width * pitch + margin + tile.first + tile.low;
-      const int64_t code_z = view_z.code[key_row / rows_y];
+    meet(g, [&](int64_t plane, int64_t row, int64_t r, int64_t rows) {
+      const float* key = keys_t.data() + (plane * ring + row % ring) * s.width * pitch;
+      key += margin + tile.first + tile.low;
+      const int64_t code_z = view_z.code[plane];
       float* to[kGroup];
       const float* biases[kGroup];
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t code_y = view_y.code[(first + r + i) * rows_y + key_row % rows_y];
-        to[i] = scores.data() + ((r + i) * rows_z * rows_y + used[r + i]++) * span;
+        const int64_t code_y = view_y.code[(first + r + i) * rows_y + row];
+        to[i] = scores.data() + ((r + i) * rows_z * ring + used[r + i]++) * span;
         biases[i] = table.data() + (code_z * s.axis[1].offsets() + code_y) * s.axis[2].offsets();
         biases[i] += tile.low + s.axis[2].window - 1;
       }
@@ -203,13 +283,14 @@ class LaneRows {
         j += slots;
       }
     });
-    for (int64_t r = 0; r < count; ++r) soften(scores.data() + r * rows_z * rows_y * span, used[r] * tile.distances, r);
+    for (int64_t r = 0; r < count; ++r) soften(scores.data() + r * rows_z * ring * span, used[r] * tile.distances, r);
     std::fill(used, used + count, 0);
-    meet(tile, first, count, [&](int64_t key_row, int64_t r, int64_t rows) {
-      const float* value = values_t.data() + key_row * s.value_width * pitch + margin + tile.first + tile.low;
+    meet(g, [&](int64_t plane, int64_t row, int64_t r, int64_t rows) {
+      const float* value = values_t.data() + (plane * ring + row % ring) * s.value_width * pitch;
+      value += margin + tile.first + tile.low;
       const float* from[kGroup];
       for (int64_t i = 0; i < rows; ++i) {
-        from[i] = scores.data() + ((r + i) * rows_z * rows_y + used[r + i]++) * span;
+        from[i] = scores.data() + ((r + i) * rows_z * ring + used[r + i]++) * span;
       }
       as_constant<kLaneRows>(rows, [&](auto R) { gather<R()>(tile, value, r, from); });
     });
@@ -218,20 +299,21 @@ class LaneRows {
     }
   }
 
-  // Calls f(row of keys, first row of the group, rows) for every row of keys and the rows that see it, few at a time.
+  // Calls f(plane and row of keys, first row of the group, rows) for every row of keys and the rows that see it, few
+  // at a time.
   template <class F>
-  void meet(const LaneTile&, int64_t first, int64_t count, const F& f) {
+  void meet(const Group& g, const F& f) {
     const int64_t rows_y = int64_t(view_y.position.size());
     for (int64_t i = 0; i < int64_t(view_z.position.size()); ++i) {
       if (view_z.code[i] < 0) continue;
-      for (int64_t j = 0; j < rows_y; ++j) {
-        int64_t begin = 0, end = count;
-        while (begin < end && view_y.code[(first + begin) * rows_y + j] < 0) ++begin;
-        while (end > begin && view_y.code[(first + end - 1) * rows_y + j] < 0) --end;
+      for (int64_t j = g.low; j < g.high; ++j) {
+        int64_t begin = 0, end = g.count;
+        while (begin < end && view_y.code[(g.first + begin) * rows_y + j] < 0) ++begin;
+        while (end > begin && view_y.code[(g.first + end - 1) * rows_y + j] < 0) --end;
         const int64_t parts = (end - begin + kLaneRows - 1) / kLaneRows;
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t rows = (end - begin) / parts + (part < (end - begin) % parts);
-          f(i * rows_y + j, begin + part * ((end - begin) / parts) + std::min(part, (end - begin) % parts), rows);
+          f(i, j, begin + part * ((end - begin) / parts) + std::min(part, (end - begin) % parts), rows);
         }
       }
     }
@@ -349,11 +431,23 @@ class LaneRows {
     for (int64_t d = 0; d < s.value_width; d += kWidth) {
       const int64_t channels = std::min<int64_t>(kWidth, s.value_width - d);
       Vec r[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i) {
-        r[i] = i < channels ? vmul(vload(from + (d + i) * kWidth), inverse) : vset(0.f);
+      if (channels == kWidth) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) r[i] = vmul(vload(from + (d + i) * kWidth), inverse);
+        vtranspose(r);
+        if (count == kWidth) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth; ++i) vstore(to + i * step + d, r[i]);
+        } else {
+          for (int64_t i = 0; i < count; ++i) vstore(to + i * step + d, r[i]);
+        }
+      } else {
+        for (int i = 0; i < kWidth; ++i) {
+          r[i] = i < channels ? vmul(vload(from + (d + i) * kWidth), inverse) : vset(0.f);
+        }
+        vtranspose(r);
+        for (int64_t i = 0; i < count; ++i) vstore(to + i * step + d, r[i], channels);
       }
-      vtranspose(r);
-      for (int64_t i = 0; i < count; ++i) vstore(to + i * step + d, r[i], channels);
     }
   }
 
@@ -363,9 +457,11 @@ class LaneRows {
   T* out;
   View view_z, view_y;
   std::vector<LaneTile> tiles;
-  int64_t columns = -1, margin = 0, pitch = 0, bias_head = -1;
-  std::vector<float> keys_t, values_t, queries, scores, sums, table;
-  float peak[kGroup][kWidth], total[kGroup][kWidth];
+  std::vector<Group> groups;
+  int64_t columns = -1, margin = 0, pitch = 0, ring = 1, bias_head = -1;
+  Lines keys_t, values_t, queries, scores, sums;
+  std::vector<float> table;
+  alignas(64) float peak[kGroup][kWidth], total[kGroup][kWidth];
   int64_t used[kGroup];
 };
 
