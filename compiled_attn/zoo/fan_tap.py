@@ -431,7 +431,8 @@ SIZES = {
     "fan_Xlarge_16_p4_hybrid": Config((528,) * 20 + (768,) * 3, (11,) * 20 + (16,) * 3, hybrid=(3, 7)),
 }
 
-# Parameters as measured on the reference (card of FAN and TAP), TAP's with four scales; accuracy: both papers.
+# Parameters and multiply-accumulates as measured on the reference (card of FAN and TAP), TAP's with four scales, the
+# latter where norms and products alone explain them to a thousandth; accuracy: both papers.
 PAPER = Paper(
     title="Robustifying Token Attention for Vision Transformers",
     year=2023,
@@ -443,20 +444,20 @@ PAPER = Paper(
     tiny=replace(network(16, 2, 2, (1, 1)), scales=3, hybrid_widths=(8, 16), img_size=64, classes=10, mlp_ratio=2),
     published={
         "tap_fan_tiny_12_p16_224": Published(7_404_688),
-        "tap_fan_small_12_p16_224": Published(28_513_048),
-        "tap_fan_base_18_p16_224": Published(54_643_360),
+        "tap_fan_small_12_p16_224": Published(28_513_048, 5.52),
+        "tap_fan_base_18_p16_224": Published(54_643_360, 10.76),
         "tap_fan_large_24_p16_224": Published(80_992_468),
         "tap_fan_tiny_8_p4_hybrid": Published(7_523_752),
-        "tap_fan_small_12_p4_hybrid": Published(26_257_704),
-        "tap_fan_base_16_p4_hybrid": Published(50_735_528, top1=84.3),
+        "tap_fan_small_12_p4_hybrid": Published(26_257_704, 7.04),
+        "tap_fan_base_16_p4_hybrid": Published(50_735_528, 11.86, top1=84.3),
         "tap_fan_large_16_p4_hybrid": Published(77_238_644),
         "fan_tiny_12_p16_224": Published(7_319_920, top1=79.2),
         "fan_small_12_p16_224": Published(28_345_336, top1=82.5),
-        "fan_base_18_p16_224": Published(54_350_320, top1=83.6),
+        "fan_base_18_p16_224": Published(54_350_320, 10.70, top1=83.6),
         "fan_large_24_p16_224": Published(80_574_100, top1=83.9),
         "fan_tiny_8_p4_hybrid": Published(7_467_240, top1=80.1),
         "fan_small_12_p4_hybrid": Published(26_117_944, top1=83.5),
-        "fan_base_16_p4_hybrid": Published(50_475_048, top1=83.9),
+        "fan_base_16_p4_hybrid": Published(50_475_048, 11.81, top1=83.9),
         "fan_large_16_p4_hybrid": Published(76_855_140, top1=84.3),
     },
     keys="cls_token, patch_embed.{backbone.{stem,stages.s.{downsample,blocks.i}},proj} or patch_embed.proj.i.{0,1}, "
