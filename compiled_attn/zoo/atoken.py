@@ -302,7 +302,7 @@ class Quantizer(nn.Module):
         self.levels = LEVELS[codebook]
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes in [-1, 1] of z [N, codebooks * channels], their gradient that of no rounding, and ids [N, codebooks]."""
+        """Codes in [-1, 1] of z [N, codebooks * channels], with the gradient of no rounding, and ids [N, codebooks]."""
         levels = torch.tensor(self.levels, device=z.device)
         half, offset = (levels - 1) * 1.001 / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
         bounded = (z.unflatten(1, (self.codebooks, -1)) + (offset / half).atanh()).tanh() * half - offset
