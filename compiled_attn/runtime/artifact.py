@@ -55,8 +55,10 @@ def write_artifact(
     path = Path(path)
     if isinstance(call, Program):
         call = describe.call_of(call)
+    found = _raw_members(Path(raw))
+    call = package.narrowed(call, package.facts_of({n: memoryview(b) for n, b in found}, str(raw)))
     stated = Contract(call, needs or needs_of(target), versions_of(target, versions), tuple(passes))
-    members = _stamped(_raw_members(Path(raw)), stated.stamp())
+    members = _stamped(found, stated.stamp())
     specs = tuple(MemberSpec(n, len(b), hashlib.sha256(b).hexdigest()) for n, b in members)
     stated = replace(stated, members=specs)
     package.compare(stated, package.facts_of({n: memoryview(b) for n, b in members}, str(raw)), str(raw))

@@ -1,7 +1,7 @@
 """Several targets in one file: an archive of whole artifacts and an index, from which `load` takes the one that fits.
 
-    targets.json          {"bundle_version": 1, "parts": [{"member": "a100.pt2", "sha256": ..., "target": ...}, ...]}
-    a100.pt2, cpu.pt2     artifacts, each with its contract; weights are in each of them
+    model/targets.json              {"bundle_version": 1, "parts": [{"member": ..., "sha256": ..., "target": ...}, ...]}
+    model/a100.pt2, model/cpu.pt2   artifacts, each with its contract; weights are in each of them
 
 The form is that of runtime/archive.py, the digest in its comment that of the index. A part's target is what its own
 contract states; the two must agree. Parts for a GPU go before those for the CPU.
@@ -23,7 +23,7 @@ from compiled_attn.runtime.artifact import Artifact, write_file
 from compiled_attn.runtime.contract import HEX, Needs, canonical
 from compiled_attn.runtime.host import capability_of, lacks
 
-INDEX = "targets.json"
+INDEX = archive.ROOT + "targets.json"
 VERSION = 1
 AGAIN = "export the model again, or fetch the file again"
 
@@ -69,7 +69,7 @@ def write_bundle(path: str | Path, parts: Sequence[Artifact]) -> Bundle:
         )
     records, payloads = [], []
     for part in ordered:
-        data, member = part.path.read_bytes(), f"{part.contract.target.name}.pt2"
+        data, member = part.path.read_bytes(), f"{archive.ROOT}{part.contract.target.name}.pt2"
         records.append(
             {"member": member, "size": len(data), "sha256": part.sha256, "target": _needs_json(part.contract.target)}
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compiled_attn.ir.errors import ContractError
 from compiled_attn.runtime.contract import Call, Contract, TensorSpec
@@ -19,6 +19,7 @@ from compiled_attn.runtime.contract import Call, Contract, TensorSpec
 FOLDER = "model/data/aotinductor/model/"
 STAMP = "COMPILED_ATTN_CONTRACT"
 LEAF = '{"type": null'  # a leaf of a serialised pytree spec
+COUNTED = 2**31 - 1  # the most that 32-bit indices count
 WRAPPER_MARK = b"AOTInductorModelBase("
 ISA_OF = {"AVX2": "avx2", "AVX512": "avx512f", "AVX512_VNNI": "avx512_vnni", "AMX": "amx_tile", "AMX_FP16": "amx_fp16"}
 
@@ -122,6 +123,20 @@ def _input_facts(source: str) -> dict[int, InputFacts]:
         if name in position:
             found[position[name]].strides[int(dim)] = int(stride)
     return found
+
+
+def narrowed(call: Call, facts: PackageFacts) -> Call:
+    """The call with the greatest sizes that the code counts in 32 bits, where it does: what runs, the contract states.
+
+    A bound below that is none of counting, and stays a contradiction for `compare` to find.
+    """
+    symbols = dict(call.symbols)
+    for index, tensor in enumerate(call.tensors):
+        for dim, most in facts.inputs[index].highest.items() if index in facts.inputs else ():
+            size = tensor.shape[dim] if dim < len(tensor.shape) else None
+            if isinstance(size, str) and most >= COUNTED and (symbols[size].max or most + 1) > most:
+                symbols[size] = replace(symbols[size], max=most)
+    return replace(call, symbols=symbols)
 
 
 def compare(contract: Contract, facts: PackageFacts, where: str) -> None:

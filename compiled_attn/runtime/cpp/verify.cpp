@@ -16,7 +16,7 @@ Contract take_contract(Archive& archive, const std::string& where) {
     return member.first == kContractMember;
   });
   bool is_bundle = std::any_of(archive.members.begin(), archive.members.end(), [](const auto& member) {
-    return member.first == "targets.json";
+    return member.first == "model/targets.json";
   });
   if (at == archive.members.end() && is_bundle) {
     throw ContractError(
