@@ -139,7 +139,7 @@ class SnapKV:
     pooling: str = "avgpool"
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Smoothed attention [B, H, T - window] of rotated q and k [B, H, T, D]; averages count zeros beyond the end."""
+        """Smoothed attention [B, H, T - window] of rotated q and k [B, H, T, D]; an average counts zeros outside."""
         window = self.window
         logits = q[:, :, -window:] @ k.transpose(2, 3) * q.shape[3] ** -0.5
         hidden = torch.ones(window, window, dtype=torch.bool, device=q.device).triu(1)
