@@ -475,6 +475,12 @@ def _dense_last(value: Any) -> Any:
     from torch._inductor.virtualized import V
 
     def unwrapped(x: Any) -> Any:
+        view = getattr(x, "data", x)
+        if isinstance(view, ir.BaseView):  # freezing it otherwise, torch may ask for sizes that the data decides
+            view.realize()
+            base: Any = view.unwrap_view()
+            if isinstance(getattr(base, "layout", None), ir.FlexibleLayout):
+                base.freeze_layout()
         found: Any = ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(x))
         if isinstance(found.layout, ir.FlexibleLayout):
             found.freeze_layout()
