@@ -128,8 +128,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, hidden)
         scaled = layer_scale is not None
-        self.gamma1 = nn.Parameter(torch.full((width,), layer_scale)) if scaled else None
-        self.gamma2 = nn.Parameter(torch.full((width,), layer_scale)) if scaled else None
+        self.gamma1 = nn.Parameter(torch.full((width,), float(layer_scale))) if scaled else None
+        self.gamma2 = nn.Parameter(torch.full((width,), float(layer_scale))) if scaled else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gamma1 is None:
