@@ -221,8 +221,8 @@ def same_padding(sizes: Sequence[int], kernel: int, stride: int) -> list[int]:
     """(left, right, top, bottom) for a map of these last two sizes, so that the result has ceil(size / stride)."""
     padding: list[int] = []
     for size in reversed(sizes):
-        outputs = -(-size // stride)
-        total = max((outputs - 1) * stride + kernel - size, 0)
+        rest = size % stride
+        total = max(kernel - (stride if rest == 0 else rest), 0)  # a number for symbolic multiples, too
         padding += [total // 2, total - total // 2]
     return padding
 

@@ -94,9 +94,8 @@ def test_only_blocks_that_do_not_attend_squeeze_and_only_wider_ones_project_thei
     assert not any("relative" in key for key in model(relative=False).state_dict())
 
 
-@pytest.mark.parametrize("pool", [2, 3])
-def test_an_export_of_any_even_picture_size_equals_the_network(pool: int) -> None:
-    net, dynamic = model(windows=(None, None, None), pool=pool), torch.export.Dim.DYNAMIC
+def test_an_export_of_any_even_picture_size_equals_the_network() -> None:
+    net, dynamic = model(windows=(None, None, None), pool=3), torch.export.Dim.DYNAMIC
     shapes = {"x": {0: dynamic, 2: dynamic, 3: dynamic}}
     exported = torch.export.export(net, (torch.randn(2, 3, 96, 64),), dynamic_shapes=shapes, strict=False).module()
     x = torch.randn(3, 3, 64, 128)
