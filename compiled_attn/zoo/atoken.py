@@ -90,7 +90,7 @@ class Places(NamedTuple):
 def locate(place: Tensor, head_width: int, steps: int) -> Places:
     """Windows of `steps` steps of time from the first one on; angles with time counted within the window."""
     sample, x, y, z = (place[:, i] for i in (0, 2, 3, 4))
-    step = place[:, 1] - place[:, 1].amin()
+    step = place[:, 1] - place[:, 1].amin(dim=0)
     window, step = step // steps, step % steps
     seen = (sample[:, None] == sample) & (window[:, None] == window)
     rate = BASE ** (-torch.arange(head_width // 8, device=place.device) / head_width)

@@ -355,7 +355,7 @@ def leave(x: Tensor, live: Live, finished: Tensor, prefix: int) -> tuple[Tensor,
     stays = ~finished if live.real is None else live.real & ~finished
     count = stays.shape[1]
     rank = torch.arange(count, device=x.device)
-    longest = stays.sum(dim=1).amax().clamp(min=2).item()  # at least two, so that no export has to ask if it is one
+    longest = stays.sum(dim=1).amax(dim=0).clamp(min=2).item()  # two, lest an export has to ask if it is one
     torch._check(longest >= 2)
     torch._check(longest <= count)
     order = (stays * count - rank).sort(dim=1, descending=True).indices.narrow(1, 0, longest)  # no two are equal
