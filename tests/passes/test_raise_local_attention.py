@@ -1,0 +1,133 @@
+"""Windows that were cut out of a map are recognised by what they do to element numbers, and read in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compiled_attn import ops
+from compiled_attn.ir import targets
+from compiled_attn.ir.notes import Notes
+from compiled_attn.passes import pipelines
+from compiled_attn.passes.base import run_passes
+from compiled_attn.passes.raise_local_attention import RaiseLocalAttention
+from compiled_attn.runtime.capture import capture
+
+CPU = targets.load("cpu")
+aten = torch.ops.aten
+BATCH = {0: torch.export.Dim("batch", min=1, max=16)}
+
+
+class Windowed(nn.Module):
+    """One block: windows of 4 x 4 or, with `grid`, tokens that lie apart; shifted where asked; a table as bias."""
+
+    def __init__(self, *, shift: int = 0, grid: bool = False, hidden: float = -100.0, bend: float = 0.0) -> None:
+        super().__init__()
+        self.shift, self.grid = shift, grid
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        place = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        distance = place[:, None] - place[None] + 3
+        bias = torch.randn(2, 7, 7)[:, distance[..., 0], distance[..., 1]]
+        bias[0, 3, 5] += bend
+        self.register_buffer("bias", bias)
+        region = torch.zeros(8, 12)
+        for i, rows in enumerate((slice(0, 4), slice(4, 8 - shift), slice(8 - shift, 8))):
+            for j, columns in enumerate((slice(0, 8), slice(8, 12 - shift), slice(12 - shift, 12))):
+                region[rows, columns] = 3 * i + j
+        cut = region.view(2, 4, 3, 4).permute(0, 2, 1, 3).reshape(6, 16)
+        mask = torch.zeros(6, 16, 16).masked_fill(cut[:, :, None] != cut[:, None], hidden)
+        self.register_buffer("mask", mask if shift else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch = x.shape[0]
+        y = torch.roll(x, (-self.shift, -self.shift), (1, 2)) if self.shift else x
+        if self.grid:
+            y = y.view(batch, 4, 2, 4, 3, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 16, 8)
+        else:
+            y = y.view(batch, 2, 4, 3, 4, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 8)
+        q, k, v = self.qkv(y).view(-1, 16, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.bias.unsqueeze(0)
+        if self.mask is not None:
+            full = (bias.unsqueeze(0) + self.mask[None, :, None]).expand(batch, 6, 2, 16, 16)
+            bias = full.reshape(-1, 2, 16, 16)
+        y = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).reshape(-1, 16, 8)
+        y = self.proj(y)
+        if self.grid:
+            y = y.view(-1, 2, 3, 4, 4, 8).permute(0, 3, 1, 4, 2, 5).reshape(-1, 8, 12, 8)
+        else:
+            y = y.view(-1, 2, 3, 4, 4, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 8, 12, 8)
+        y = torch.roll(y, (self.shift, self.shift), (1, 2)) if self.shift else y
+        return x + y
+
+
+def raised(model: nn.Module, x: torch.Tensor):
+    """The program before and after the passes that raise, and the notes."""
+    before = capture(model.eval(), (x,), {}, dynamic_shapes=(BATCH,), mode="inference")
+    kept = [p for p in pipelines.portable() if not isinstance(p, RaiseLocalAttention)]
+    start, _ = run_passes(before, kept, CPU, Notes())
+    notes = Notes()
+    after, _ = run_passes(start, [RaiseLocalAttention()], CPU, notes)
+    return before, start, after, notes
+
+
+def locals_of(program) -> list:
+    return [n for n in program.graph.nodes if n.target is ops.local_attention.overload]
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({}, {"window": [4, 4], "stride": [4, 4], "shift": [0, 0], "border": "mask"}),
+        ({"shift": 2}, {"window": [4, 4], "stride": [4, 4], "shift": [2, 2], "border": "mask"}),
+        ({"shift": 1, "hidden": float("-inf")}, {"shift": [1, 1]}),
+        ({"grid": True}, {"window": [4, 4], "stride": [1, 1], "dilation": [2, 3], "border": "clamp"}),
+    ],
+    ids=["windows", "shifted", "shifted, hidden by minus infinity", "grid"],
+)
+def test_windows_become_the_op_and_nothing_is_moved_any_more(options, pattern):
+    torch.manual_seed(0)
+    model = Windowed(**options)
+    before, _, after, notes = raised(model, torch.randn(2, 8, 12, 8))
+    (node,) = locals_of(after)
+    assert pattern.items() <= node.kwargs.items()
+    assert not notes.misses
+    assert not [
+        n for n in after.graph.nodes if n.target in (aten.roll.default, aten.permute.default, aten.clone.default)
+    ]
+    x = torch.randn(3, 8, 12, 8)
+    with torch.no_grad():
+        assert (after(x) - before(x)).abs().max() < 1e-5
+    again, _ = run_passes(after, [RaiseLocalAttention()], CPU, Notes())
+    assert again is after
+
+
+@pytest.mark.parametrize(
+    ("options", "because"),
+    [
+        ({"bend": 0.1}, "its bias is no function of the distance between two tokens"),
+        ({"shift": 2, "hidden": -1.0}, "its mask lets tokens of different windows see each other"),
+    ],
+)
+def test_a_copy_that_is_wrong_in_one_constant_stays_and_says_why(options, because):
+    torch.manual_seed(0)
+    _, start, after, notes = raised(Windowed(**options), torch.randn(2, 8, 12, 8))
+    assert after is start
+    assert [miss.because for miss in notes.misses] == [because]
+
+
+def test_every_windowed_block_of_a_stock_swin_is_raised_and_its_rolls_are_gone():
+    """The last stage is one window: plain attention already."""
+    import torchvision_shim  # noqa: F401
+    from timm.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 56, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2), "num_classes": 5}
+    model = SwinTransformer(patch_size=4, window_size=7, **sizes)
+    before, _, after, notes = raised(model, torch.randn(2, 3, 56, 56))
+    assert len(locals_of(after)) == 2 and not notes.misses
+    assert not [n for n in after.graph.nodes if n.target is aten.roll.default]
+    x = torch.randn(3, 3, 56, 56)
+    with torch.no_grad():
+        assert (after(x) - before(x)).abs().max() < 1e-5
