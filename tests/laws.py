@@ -41,7 +41,7 @@ def gradient_equals_autograd_of_the_reference(op: Op, inputs: Inputs) -> None:
     if isinstance(op.gradient, NoGradient):
         return
     args = [_leaf(a) for a in inputs.make(torch.float64)]
-    leaves = [a for a in args if isinstance(a, torch.Tensor)]
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     found = _gradients(op.overload, args, inputs.kwargs, leaves)
     wanted = _gradients(op.reference, args, inputs.kwargs, leaves)
     for a, b in zip(found, wanted, strict=True):
@@ -101,7 +101,9 @@ def _flat(tree: Any) -> list[Any]:
 
 
 def _leaf(value: Any) -> Any:
-    return value.detach().requires_grad_() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+        return value.detach().requires_grad_()
+    return value
 
 
 def _gradients(call: Any, args: list[Any], kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> list[Any]:

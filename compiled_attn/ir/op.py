@@ -141,12 +141,14 @@ def _register_flops(op: Op) -> None:
 
 
 def _register_gradient(custom: Any, gradient: Callable[..., tuple[Any, ...]]) -> None:
-    def setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    def setup(
+        ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: dict[str, Any] | None = None
+    ) -> None:  # torch leaves the keywords out where an op has none
         del output
         ctx.tensor_at = [i for i, a in enumerate(inputs) if isinstance(a, torch.Tensor)]
         ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_at))
         ctx.others = [None if isinstance(a, torch.Tensor) else a for a in inputs]
-        ctx.keywords = dict(keyword_only_inputs)
+        ctx.keywords = dict(keyword_only_inputs or {})
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         args = list(ctx.others)

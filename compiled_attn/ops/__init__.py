@@ -4,6 +4,18 @@ from compiled_attn.ir.op import OPS, Op
 from compiled_attn.ops.attention import attention, attention_with_class_row
 from compiled_attn.ops.linear import packed_linear
 from compiled_attn.ops.local import local_attention
+from compiled_attn.ops.ragged import pack_tokens, ragged_attention, unpack_tokens
 from compiled_attn.ops.tokens import select_tokens
 
-__all__ = ["OPS", "Op", "attention", "attention_with_class_row", "local_attention", "packed_linear", "select_tokens"]
+__all__ = [
+    "OPS",
+    "Op",
+    "attention",
+    "attention_with_class_row",
+    "local_attention",
+    "pack_tokens",
+    "packed_linear",
+    "ragged_attention",
+    "select_tokens",
+    "unpack_tokens",
+]
