@@ -417,12 +417,12 @@ def test_writing_to_a_missing_folder_is_a_named_error_and_leaves_nothing(tmp_pat
     from compiled_attn.runtime import artifact
 
     with pytest.raises(ContractError, match="can not be written"):
-        artifact._write(tmp_path / "missing" / "a.pt2", [b"x"])
+        artifact.write_file(tmp_path / "missing" / "a.pt2", [b"x"])
 
     def failing(*_args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(ContractError, match="can not be written"):
-        artifact._write(tmp_path / "a.pt2", [b"x"])
+        artifact.write_file(tmp_path / "a.pt2", [b"x"])
     assert list(tmp_path.iterdir()) == []
