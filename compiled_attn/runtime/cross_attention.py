@@ -100,18 +100,26 @@ def _is_flash(call: Call, target: Target) -> bool:
 def _write(edit: Edit, node: fx.Node, call: Call, target: Target) -> str:
     """Puts the fused operator in the SDPA node's place; returns its name."""
     with edit.graph.inserting_before(node):
+        q, k, v = (_dense_last(edit, node, x) for x in (call.q, call.k, call.v))
         if _is_flash(call, target):
             name, overload = "flash", aten._scaled_dot_product_flash_attention.default
-            args: tuple[Any, ...] = (call.q, call.k, call.v, 0.0, call.causal)
+            args: tuple[Any, ...] = (q, k, v, 0.0, call.causal)
         else:
             name, overload = "efficient", aten._scaled_dot_product_efficient_attention.default
-            args = (call.q, call.k, call.v, _bias(edit, node, call), False, 0.0, call.causal)
+            args = (q, k, v, _bias(edit, node, call), False, 0.0, call.causal)
         fused = edit.call(overload, args, {"scale": call.scale}, like=node)
         out = edit.call(operator.getitem, (fused, 0), like=node)
         if out.meta["val"].stride() != node.meta["val"].stride():
             out = _like_before(edit, node, out)
     edit.replace(node, out)
     return name
+
+
+def _dense_last(edit: Edit, node: fx.Node, value: fx.Node) -> fx.Node:
+    """The value, copied where its last dimension is not dense, which the operators refuse on the device."""
+    if value.meta["val"].stride(-1) == 1:
+        return value
+    return edit.call(aten.clone.default, (value,), {"memory_format": torch.contiguous_format}, like=node)
 
 
 def _bias(edit: Edit, node: fx.Node, call: Call) -> fx.Node | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gaps import GAPS
 from strategies import INPUTS, Inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,8 +27,12 @@ STOCK: dict[str, tuple[dict[str, Any], int]] = {
     "swin_tiny_patch4_window7_224": ({"img_size": 56, "depths": (2,), "embed_dim": 16, "num_heads": (2,)}, 56),
     "convnext_tiny": ({"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, 64),
 }
+GAP = "emulated "  # how a case's entry in gaps.GAPS begins; a call of an op that has one is a case of its own
+APART = [
+    f"op {op}: {i.name}" for op in OPS for i in INPUTS[op] if any(k.startswith(f"{GAP}op {op}: {i.name}") for k in GAPS)
+]
 KINDS = (("op", OPS), ("paper", zoo.PAPERS), ("timm", STOCK))
-NAMES = [f"{kind} {name}" for kind, names in KINDS for name in names]
+NAMES = [*(f"{kind} {name}" for kind, names in KINDS for name in names), *APART]
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Case:
 
 
 def of(name: str) -> Case:
-    """The case of that name: `op <op>`, `paper <paper>` or `timm <model>`."""
+    """The case of that name: `op <op>`, `op <op>: <one of its inputs>`, `paper <paper>` or `timm <model>`."""
     kind, rest = name.split(" ", 1)
     return {"op": _op, "paper": _paper, "timm": _stock}[kind](rest)
 
@@ -81,11 +86,15 @@ HERE = object()  # stands in a call's arguments for a tensor
 
 
 def _op(name: str) -> Case:
+    name, _, one = name.partition(": ")
     op = OPS[name]
     groups: list[list[Tensor]] = []
     fixed: list[tuple[list[Any], dict[str, Any]]] = []
     batched: list[bool] = []
     for inputs in INPUTS[name]:
+        wanted = inputs.name == one if one else f"op {name}: {inputs.name}" not in APART
+        if not wanted:
+            continue
         args = list(inputs.make(torch.float32))
         grows = growing(op, inputs, args)
         if grows and args[grows[0]].shape[0] == 1:  # a batch of one would not be a symbol
