@@ -143,13 +143,11 @@ def local_decomposition(
     axes = axes_of(q.dim() - 3, window, stride, dilation, shift, block, border, causal, sinks)
     rank, wide = len(axes), widened(q.dtype)
     found = [slots(a, q.shape[1 + i], k.shape[1 + i], q.device) for i, a in enumerate(axes)]
+    if all(a.together == 1 for a in axes):
+        return _query_by_query(q, k, v, bias, relative, axes, found, scale)
     queries = _in_blocks(q, axes)  # [B, *G, H, P, D]
     keys, values = (_gathered(x, found) for x in (k, v))  # [B, *G, H, K, D]
-    single = all(a.together == 1 for a in axes)
-    if single:
-        scores = (queries.to(wide) * keys.to(wide)).sum(-1).unsqueeze(-2) * scale  # [B, *G, H, 1, K]
-    else:
-        scores = (queries.to(wide) @ keys.to(wide).transpose(-2, -1)) * scale  # [B, *G, H, P, K]
+    scores = (queries.to(wide) @ keys.to(wide).transpose(-2, -1)) * scale  # [B, *G, H, P, K]
     if bias is not None:
         scores = scores + torch.where(_tabled(found), _block_bias(bias.to(wide), found), 0.0)
     if relative is not None:
@@ -159,9 +157,46 @@ def local_decomposition(
         p = _softmax(scores, _block_seen(found).unsqueeze(rank))  # [*G, 1, P, K]
     else:
         p = torch.softmax(scores, -1)
-    values = values.to(wide)
-    out = (p.squeeze(-2).unsqueeze(-1) * values).sum(-2, keepdim=True) if single else p @ values
+    out = p @ values.to(wide)
     return _out_of_blocks(out.to(q.dtype), axes, q.shape[1 : 1 + rank]).contiguous()
+
+
+def _query_by_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    relative: Tensor | None,
+    axes: Sequence[Axis],
+    found: Sequence[Slots],
+    scale: float,
+) -> Tensor:
+    """Sums over gathered keys that Inductor fuses: the axes of the window are never joined into one."""
+    rank, wide = len(axes), widened(q.dtype)
+    slot_dims = list(range(-rank, 0))
+    keys, values = (_gathered(x, found, joined=False).to(wide) for x in (k, v))  # [B, *L, H, *w, D]
+    queries = q.to(wide)[(..., *[None] * rank, slice(None))]
+    scores = (queries * keys).sum(-1) * scale  # [B, *L, H, *w]
+    if bias is not None:
+        table = bias.to(wide)
+        for i, s in enumerate(found):
+            at = s.offset.squeeze(1)
+            table = table.index_select(1 + 2 * i, at.flatten()).unflatten(1 + 2 * i, tuple(at.shape))
+        order = [1 + 2 * i for i in range(rank)] + [0] + [2 + 2 * i for i in range(rank)]
+        scores = scores + torch.where(
+            _tabled(found).view([s.tabled.shape[0] for s in found]), table.permute(order), 0.0
+        )
+    if relative is not None:
+        whole = _relative(relative.to(wide), axes, found)
+        scores = scores + whole.unflatten(-1, [s.index.shape[1] for s in found])
+    seen = _spread([s.seen.squeeze(1) for s in found]).unsqueeze(rank)  # [*L, 1, *w]
+    if any(_cuts(a) for a in axes):
+        scores = scores.masked_fill(~seen, float("-inf"))
+    peak = scores.amax(slot_dims, keepdim=True)
+    p = torch.exp(scores - peak.masked_fill(peak == float("-inf"), 0.0))
+    total = p.sum(slot_dims)
+    sums = (p.unsqueeze(-1) * values).sum([d - 1 for d in slot_dims])  # [B, *L, H, Dv]
+    return (sums / total.masked_fill(total == 0, 1.0).unsqueeze(-1)).to(q.dtype).contiguous()
 
 
 SCHEMA = (
@@ -183,27 +218,35 @@ local_attention = define(
 )
 
 
-def _gathered(x: Tensor, found: Sequence[Slots]) -> Tensor:
-    """[B, *L, H, D] -> each block's keys, [B, *G, H, K, D]; zeros where a slot lies beyond the border."""
+def _gathered(x: Tensor, found: Sequence[Slots], *, joined: bool = True) -> Tensor:
+    """[B, *L, H, D] -> each block's keys, [B, *G, H, K, D]; zeros where a slot lies beyond the border.
+
+    Not joined, the slots stay one dimension for each axis.
+    """
     rank = len(found)
     for i, s in enumerate(found):
         x = x.index_select(1 + 2 * i, s.index.flatten()).unflatten(1 + 2 * i, tuple(s.index.shape))
     blocks, inside = [1 + 2 * i for i in range(rank)], [2 + 2 * i for i in range(rank)]
     x = x.permute([0, *blocks, 1 + 2 * rank, *inside, 2 + 2 * rank])  # [B, *G, H, *w, D]
-    x = x.flatten(2 + rank, 1 + 2 * rank)
-    real = _joined([s.real for s in found])  # [*G, K]
-    return torch.where(real.unsqueeze(rank).unsqueeze(-1), x, 0.0)
+    real = _spread([s.real for s in found])  # [*G, *w]
+    x = torch.where(real.unsqueeze(rank).unsqueeze(-1), x, 0.0)
+    return x.flatten(2 + rank, 1 + 2 * rank) if joined else x
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Conditions [G, w] of each axis -> [*G, K], which hold where all do."""
+    return _spread(parts).flatten(len(parts))
+
+
+def _spread(parts: Sequence[Tensor]) -> Tensor:
+    """Conditions [G, w] of each axis -> [*G, *w], which hold where all do."""
     rank = len(parts)
     spread = []
     for i, part in enumerate(parts):
         shape: list[Any] = [1] * (2 * rank)
         shape[i], shape[rank + i] = part.shape
         spread.append(part.view(shape))
-    return reduce(torch.logical_and, spread).flatten(rank)
+    return reduce(torch.logical_and, spread)
 
 
 def _block_seen(found: Sequence[Slots]) -> Tensor:
