@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import laws
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from ragged_strategies import PackSpec, RaggedSpec, offsets, ragged_specs
 from strategies import Inputs
 
+import compiled_attn as ca
 from compiled_attn.ops.ragged import pack_tokens, ragged_attention, unpack_tokens
 
 
@@ -79,6 +82,22 @@ def test_an_export_runs_batches_whose_counts_differ_from_those_at_capture(decomp
         for size in (1, 2, 5):
             x = torch.randn(size, 7, 8, generator=torch.Generator().manual_seed(size))
             laws.near(run(x), by_picture(net, x), 1e-5)
+
+
+def test_package_and_onnx_run_batches_whose_counts_differ_from_those_at_capture(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, given = Pruned().eval(), (torch.randn(2, 7, 8),)
+    shapes = {"x": {0: "batch"}}
+    ca.export(net, given, path=tmp_path / "net.pt2", dynamic_shapes=shapes)
+    ca.export(net, given, path=tmp_path / "net.onnx", dynamic_shapes=shapes)
+    run = ca.load(tmp_path / "net.pt2")
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "net.onnx")
+    with torch.no_grad():
+        for size in (1, 3):
+            x = torch.randn(size, 7, 8, generator=torch.Generator().manual_seed(size))
+            laws.near(run(x), by_picture(net, x), 1e-5)
+            found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+            laws.near(torch.from_numpy(found), by_picture(net, x), 1e-5)
 
 
 def test_the_gradient_passes_through_packing_and_unpacking() -> None:
