@@ -312,11 +312,14 @@ class DToP(nn.Module):
         last = block == self.config.depth - 1
         return self.backbone.ln1(x) if last and self.backbone.ln1 is not None else x
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        x, grid = self.backbone.embed(pictures)
-        last = self.stages(x)[-1]
+    def maps(self, last: Stage, grid: tuple[int, int], pictures: Tensor) -> Tensor:
+        """The maps of pictures that the last stage leaves."""
         square = self.config.img_size if self.config.host == "segvit" else None
         return self.decode_head.enlarge(last.canvas, last.weight, grid, map_size(pictures, grid, square))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        x, grid = self.backbone.embed(pictures)
+        return self.maps(self.stages(x)[-1], grid, pictures)
 
 
 @torch.fx.wrap

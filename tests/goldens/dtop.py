@@ -40,7 +40,7 @@ def run(case: Mapping[str, Any], weights: Mapping[str, Tensor], inputs: Mapping[
     pictures = next(iter(inputs.values()))
     x, grid = model.backbone.embed(pictures)
     stages = model.stages(x)
-    outputs = {"pred": model(pictures), "attn_canvas_final": stages[-1].canvas}
+    outputs = {"pred": model.maps(stages[-1], grid, pictures), "attn_canvas_final": stages[-1].canvas}
     for i, stage in enumerate(stages):
         outputs |= {f"feat{i}": feature_map(stage, grid), f"aux{i}_canvas": stage.canvas}
     count = grid[0] * grid[1]
