@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from compiled_attn.ir import machine
+from compiled_attn.runtime.files import write_whole
 
 FORMAT = 1  # raised when what is measured, or how, changes
 ROUNDS = 7  # every candidate once a round, in turn
@@ -115,14 +115,7 @@ class Measurements:
         text = json.dumps({"circumstances": circumstances(), "seconds": merged}, indent=1, sort_keys=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    file.write(text)
-                os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            write_whole(path, text.encode())
         except OSError as error:
             self.problems.append(f"measurements are not kept: {error}")
 

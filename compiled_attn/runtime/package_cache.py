@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 from compiled_attn.ir import _torch, machine
 from compiled_attn.ir.program import Program
 from compiled_attn.ops.templates import registry
+from compiled_attn.runtime.files import write_whole
 from compiled_attn.runtime.measure import cache_folder
 
 LIMIT_BYTES = 4 << 30  # of all packages together; the ones not used for longest go first
@@ -76,8 +76,8 @@ def keep(key: str, package: Path) -> None:
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         data = package.read_bytes()
-        _write(home / f"{key}.pt2", data)
-        _write(home / f"{key}.json", json.dumps({"sha256": hashlib.sha256(data).hexdigest()}).encode())
+        write_whole(home / f"{key}.pt2", data)
+        write_whole(home / f"{key}.json", json.dumps({"sha256": hashlib.sha256(data).hexdigest()}).encode())
         _trim(home)
     except OSError:
         return
@@ -86,17 +86,6 @@ def keep(key: str, package: Path) -> None:
 def clear() -> None:
     """Forgets every package."""
     shutil.rmtree(folder(), ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _trim(home: Path) -> None:
