@@ -1,18 +1,16 @@
 """The laws of the zoo, asked of every paper: a new paper is tested by standing in `zoo.PAPERS`."""
 
 import importlib
-import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from goldens import golden
-from laws import near
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
+from zoo_cases import dynamic, inputs, same, tiny
 
-import compiled_attn as ca
 from compiled_attn import zoo
 
 ROWS = [(name, variant) for name, paper in zoo.PAPERS.items() for variant in paper.published]
@@ -24,25 +22,6 @@ PER_ELEMENT = {nn.LayerNorm: 5, nn.GroupNorm: 5, nn.BatchNorm2d: 2}  # as fvcore
 @pytest.fixture(params=zoo.PAPERS)
 def paper(request: pytest.FixtureRequest) -> zoo.Paper:
     return zoo.PAPERS[request.param]
-
-
-def tiny(paper: zoo.Paper) -> nn.Module:
-    torch.manual_seed(0)
-    return paper.model(paper.tiny).eval()
-
-
-def inputs(paper: zoo.Paper, batch: int, seed: int = 1) -> tuple[Tensor, ...]:
-    return paper.inputs(paper.tiny, batch, torch.Generator().manual_seed(seed))
-
-
-def dynamic(model: nn.Module, args: tuple[Tensor, ...]) -> dict[str, dict[int, str]]:
-    return {name: {0: "batch"} for name, _ in zip(inspect.signature(model.forward).parameters, args, strict=False)}
-
-
-def same(found: object, wanted: object, tolerance: float) -> None:
-    """Equal up to `tolerance` of each output's largest value; exactly where the type has no fractions."""
-    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True):
-        near(a, b, tolerance)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[case for _, case in CASES])
@@ -130,17 +109,6 @@ def test_a_state_dict_loads_back_key_for_key(paper: zoo.Paper) -> None:
     args = inputs(paper, 2)
     with torch.no_grad():
         same(model(*args), other(*args), 0.0)
-
-
-def test_an_artifact_with_dynamic_batch_loads_and_equals_eager(paper: zoo.Paper, tmp_path: Path) -> None:
-    """Also what `compile` runs: both go through AOTInductor and the same checked call."""
-    model, args = tiny(paper), inputs(paper, 2)
-    ca.export(model, args, path=tmp_path / "model.pt2", dynamic_shapes=dynamic(model, args))
-    loaded = ca.load(tmp_path / "model.pt2")
-    with torch.no_grad():
-        for size in (1, 3):
-            args = inputs(paper, size, seed=size)
-            same(loaded(*args), model(*args), 2e-5)
 
 
 def test_onnx_runtime_equals_eager_with_dynamic_batch(paper: zoo.Paper, tmp_path: Path) -> None:
