@@ -76,7 +76,9 @@ def emulated_code_equals_eager(case: Emulated, tolerance: float = 1e-5) -> None:
     """Inductor's CUDA code, Triton kernels included, gives every output that eager mode gives."""
     assert case.failure is None, f"{case.name}\n{case.failure}"
     for a, b in zip(case.found, case.wanted, strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype), case.name
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), (
+            f"{case.name}: {a.dtype}{list(a.shape)} for {b.dtype}{list(b.shape)}"
+        )
         near(a, b, tolerance)
 
 
