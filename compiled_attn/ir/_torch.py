@@ -8,18 +8,22 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
 import torch
 from torch import fx
 
 from compiled_attn.ir.errors import LowerError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def graph_module_like(old: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -134,6 +138,24 @@ def inductor_options(options: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+_ONE_BUILD = threading.RLock()
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, entered by one thread at a time with all others of this kind.
+
+    torch.export keeps its state in globals, and what stands in for torch's functions here is seen by every thread.
+    """
+
+    @wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _ONE_BUILD:
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@one_at_a_time
 def aoti_package(exported: torch.export.ExportedProgram, path: str, options: dict[str, Any]) -> str:
     """Compiles an exported program with AOTInductor into a `.pt2` at `path`; returns the path."""
     import torch._inductor
@@ -175,11 +197,13 @@ def convolutions_of_any_batch() -> Iterator[None]:
     """
     pick = torch._C._select_conv_backend
 
-    def at_hand(size: Any) -> int:
-        return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    def at_hand(size: Any) -> Any:
+        return size.node.hint if isinstance(size, torch.SymInt) else size
 
     def by_the_example(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes, strides = [at_hand(s) for s in x.shape], [at_hand(s) for s in x.stride()]
+        if None in (*sizes, *strides):  # the data decides it: there is no example
+            return pick(x, *args, **kwargs)
         return pick(torch.empty_strided(sizes, strides, dtype=x.dtype, device=x.device), *args, **kwargs)
 
     with patch.object(torch._C, "_select_conv_backend", by_the_example):

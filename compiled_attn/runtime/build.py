@@ -74,6 +74,7 @@ class Build:
     templates: frozenset[str] = frozenset()
 
 
+@_torch.one_at_a_time
 def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, settings: Settings) -> Build:
     """Captures the model and runs the target's passes and the named ones. The model is not changed."""
     began = time.perf_counter()
@@ -96,6 +97,7 @@ def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     return Build(program, notes, records, settings, {"capture": captured - began, "passes": done - captured})
 
 
+@_torch.one_at_a_time
 def build_package(build: Build, path: str | Path) -> Path:
     """Lowers a prepared program and compiles it with AOTInductor into a raw `.pt2` at `path`.
 

@@ -18,6 +18,7 @@ from compiled_attn.ir.verify import verify
 MODES = ("inference", "train")
 
 
+@_torch.one_at_a_time
 def capture(
     model: nn.Module,
     args: Sequence[Any] = (),

@@ -1,10 +1,12 @@
 """Packages built before: taken from disk when nothing that matters has changed, built anew when anything has."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.cpp_builder import CppBuilder
 
 import compiled_attn as ca
 from compiled_attn.ops.templates import registry
@@ -129,3 +131,14 @@ def test_the_oldest_packages_go_when_there_are_too_many(folder, tmp_path, monkey
     assert package_cache.fetch("b", tmp_path / "out.pt2")
     package_cache.clear()
     assert not package_cache.fetch("b", tmp_path / "out.pt2")
+
+
+def test_models_compiled_by_two_threads_at_once_leave_torch_as_it_was():
+    build, pick = CppBuilder.build, torch._C._select_conv_backend
+    nets = [net(scale) for scale in (2.0, 3.0)]
+    x = torch.randn(3, 6)
+    with ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(lambda m: ca.compile(m, example_inputs=(x,)), nets))
+    for fast, model in zip(compiled, nets, strict=True):
+        torch.testing.assert_close(fast(x), model(x))
+    assert (CppBuilder.build, torch._C._select_conv_backend) == (build, pick)
