@@ -13,8 +13,6 @@ import pytest
 GAPS: dict[str, str] = {
     "emulated op local_attention: sliding and causal, with sinks": "Inductor can not simplify an index of the "
     "decomposition with sinks for CUDA: sympy finds -4 + ((-2)) not comparable",
-    "emulated op ragged_attention dynamic": "with a symbolic number of rows the code for CUDA gives 10 rows where 9 "
-    "are wanted; not understood yet, and the same call is right on the CPU",
     "emulated paper pyramid_tnt": "heads of width 2 stay SDPA, whose mathematical form lies in memory otherwise than "
     "the view behind it was captured for",
     "onnx-bf16": "ONNX Runtime has no bfloat16 kernels for the CPU, so export refuses the precision in words",

@@ -24,6 +24,18 @@ def want_whole(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def whole_offsets(op: str, name: str, offsets: Tensor, rows: int) -> list[int]:
+    """The offsets as numbers. Raises OpError unless they rise from 0 to the number of packed rows."""
+    found: list[int] = offsets.tolist()
+    if not found or found[0] != 0 or found[-1] != rows or found != sorted(found):
+        raise OpError(
+            f"{op}: {name} does not cut all packed rows into sequences",
+            facts=f"{name} is {found}, there are {rows} rows",
+            do="let it begin with 0, never fall, and end with the number of rows",
+        )
+    return found
+
+
 def sequence_of(count: Tensor, offsets: Tensor) -> Tensor:
     """[T] -> which sequence each packed row belongs to; `count` [T, ...] gives T."""
     row = torch.arange(count.shape[0], device=offsets.device)
@@ -156,7 +168,8 @@ def ragged_reference(
     """causal: query i of a sequence sees its keys 0 to i."""
     ragged_shape(q, k, v, q_offsets, k_offsets, scale=scale, causal=causal)
     wide, parts = widened(q.dtype), [q.new_empty((0, q.shape[1], v.shape[2]))]
-    begin, of = q_offsets.tolist(), k_offsets.tolist()
+    begin = whole_offsets("ragged_attention", "q_offsets", q_offsets, q.shape[0])
+    of = whole_offsets("ragged_attention", "k_offsets", k_offsets, k.shape[0])
     for b in range(len(begin) - 1):
         asked = q[begin[b] : begin[b + 1]].to(wide)
         keys, values = k[of[b] : of[b + 1]].to(wide), v[of[b] : of[b + 1]].to(wide)

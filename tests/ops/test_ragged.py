@@ -12,6 +12,7 @@ from ragged_strategies import PackSpec, RaggedSpec, offsets, ragged_specs
 from strategies import Inputs
 
 import compiled_attn as ca
+from compiled_attn.ir.errors import OpError
 from compiled_attn.ops.ragged import pack_tokens, ragged_attention, unpack_tokens
 
 
@@ -109,3 +110,10 @@ def test_the_gradient_passes_through_packing_and_unpacking() -> None:
     wanted = torch.autograd.grad(by_picture(net, x), [x, *net.parameters()], towards)
     for a, b in zip(found, wanted, strict=True):
         laws.near(a, b, 1e-10)
+
+
+@pytest.mark.parametrize("begins", [[0, 2, 4], [1, 2, 5], [0, 4, 3, 5], [0, 2, 6]])
+def test_offsets_that_do_not_cut_all_rows_into_sequences_are_refused(begins):
+    q, of = torch.randn(5, 2, 4), torch.tensor(begins)
+    with pytest.raises(OpError, match="does not cut all packed rows"):
+        ragged_attention(q, q, q, of, of, scale=0.5)
