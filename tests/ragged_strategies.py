@@ -35,6 +35,10 @@ class RaggedSpec:
         q, k, v = rows(self.queries, self.width), rows(keys, self.width), rows(keys, self.value_width)
         return q, k, v, offsets(self.queries), offsets(keys)
 
+    @property
+    def longest(self) -> int:
+        return max((*self.queries, *(self.keys or ())))
+
 
 def offsets(lengths: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
@@ -85,6 +89,8 @@ ATTENTION = {
     "three sequences": RaggedSpec(),
     "causal, one empty": RaggedSpec((4, 0, 2), options={"scale": 0.5, "causal": True}),
     "other keys, none for one": RaggedSpec((2, 3, 1), (5, 0, 4), value_width=3),
+    "padded to a bound": RaggedSpec((2, 0, 4), (5, 1, 0), value_width=3, options={"scale": 0.4, "longest": 6}),
+    "padded and causal": RaggedSpec((2, 0, 4), options={"scale": 0.4, "causal": True, "longest": 4}),
 }
 PACK = {"half": PackSpec(), "few": PackSpec(batch=2, share=0.2, seed=3), "all": PackSpec(share=1.0)}
 

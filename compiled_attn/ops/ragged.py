@@ -4,6 +4,7 @@ Letters: B sequences, N tokens of a padded one, T packed tokens (queries), S pac
 D head width, Dv value width. Offsets [B + 1] say where each sequence begins in the packed rows, the last one is T.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,14 +25,21 @@ def want_whole(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def whole_offsets(op: str, name: str, offsets: Tensor, rows: int) -> list[int]:
-    """The offsets as numbers. Raises OpError unless they rise from 0 to the number of packed rows."""
+def whole_offsets(op: str, name: str, offsets: Tensor, rows: int, longest: int | None) -> list[int]:
+    """The offsets as numbers. Raises OpError unless they rise from 0 to the number of packed rows, in steps <= longest."""
     found: list[int] = offsets.tolist()
     if not found or found[0] != 0 or found[-1] != rows or found != sorted(found):
         raise OpError(
             f"{op}: {name} does not cut all packed rows into sequences",
             facts=f"{name} is {found}, there are {rows} rows",
             do="let it begin with 0, never fall, and end with the number of rows",
+        )
+    most = max((b - a for a, b in pairwise(found)), default=0)
+    if longest is not None and most > longest:
+        raise OpError(
+            f"{op}: a sequence of {name} is longer than was said",
+            facts=f"longest is {longest}, and one has {most} rows",
+            do="give the length of the longest sequence, or a bound on it",
         )
     return found
 
@@ -163,13 +171,21 @@ unpack_tokens = define(
 
 
 def ragged_reference(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    longest: Any = None,
 ) -> Tensor:
-    """causal: query i of a sequence sees its keys 0 to i."""
-    ragged_shape(q, k, v, q_offsets, k_offsets, scale=scale, causal=causal)
+    """causal: query i of a sequence sees its keys 0 to i.  longest: no sequence has more queries or keys than that."""
+    ragged_shape(q, k, v, q_offsets, k_offsets, scale=scale, causal=causal, longest=longest)
     wide, parts = widened(q.dtype), [q.new_empty((0, q.shape[1], v.shape[2]))]
-    begin = whole_offsets("ragged_attention", "q_offsets", q_offsets, q.shape[0])
-    of = whole_offsets("ragged_attention", "k_offsets", k_offsets, k.shape[0])
+    begin = whole_offsets("ragged_attention", "q_offsets", q_offsets, q.shape[0], longest)
+    of = whole_offsets("ragged_attention", "k_offsets", k_offsets, k.shape[0], longest)
     for b in range(len(begin) - 1):
         asked = q[begin[b] : begin[b + 1]].to(wide)
         keys, values = k[of[b] : of[b + 1]].to(wide), v[of[b] : of[b + 1]].to(wide)
@@ -182,9 +198,17 @@ def ragged_reference(
 
 
 def ragged_shape(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    longest: Any = None,
 ) -> Tensor:
-    del scale, causal
+    del scale, causal, longest
     op = "ragged_attention"
     for name, tensor, letters in (("q", q, "THD"), ("k", k, "SHD"), ("v", v, "SHE")):
         want_rank(op, name, tensor, letters)
@@ -206,10 +230,18 @@ def ragged_shape(
 
 
 def ragged_cost(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    longest: Any = None,
 ) -> Cost:
     """Two products within each sequence, as if all were equally long; a causal mask halves them."""
-    del scale
+    del scale, longest
     tokens, heads, width = q.shape
     pairs = tokens * k.shape[0] // (q_offsets.shape[0] - 1)
     flops = 2 * heads * pairs * (width + v.shape[2])
@@ -218,12 +250,52 @@ def ragged_cost(
 
 
 def ragged_decomposition(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    longest: Any = None,
 ) -> Tensor:
-    """One attention over all packed rows with a mask, quadratic in T: what is right everywhere, not what is fast.
+    """Padded to `longest` where that is said, B * longest^2 pairs; else one attention over all packed rows, T * S."""
+    if longest is not None:
+        return _padded(q, k, v, q_offsets, k_offsets, scale, causal, longest)
+    return _masked(q, k, v, q_offsets, k_offsets, scale, causal)
 
-    Two rows more, which see one another alone, stand behind: no compiler has to ask whether T is 0 or 1.
-    """
+
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float, causal: bool, longest: Any
+) -> Tensor:
+    """One row more stands behind the packed ones: what fills a sequence up reads it, and is hidden from the queries."""
+    place = torch.arange(longest, device=q.device)
+    wide = widened(q.dtype)
+
+    def padded(packed: Tensor, offsets: Tensor, real: Tensor) -> Tensor:  # [T, H, D] -> [B, H, L, D]
+        row = torch.where(real, offsets[:-1].unsqueeze(1) + place, offsets[-1:])
+        rows = F.pad(packed, (0, 0, 0, 0, 0, 1)).index_select(0, row.flatten())
+        return rows.reshape(*row.shape, packed.shape[1], packed.shape[2]).to(wide).transpose(1, 2)
+
+    asked, given = (place < (offsets[1:] - offsets[:-1]).unsqueeze(1) for offsets in (q_offsets, k_offsets))
+    mine, theirs, values = padded(q, q_offsets, asked), padded(k, k_offsets, given), padded(v, k_offsets, given)
+    seen = given.unsqueeze(1)  # [B, 1, L]
+    if causal:
+        seen = seen & (place.unsqueeze(1) >= place)
+    blind = ~seen.any(dim=2, keepdim=True).unsqueeze(1)  # [B, 1, 1 or L, 1]
+    scores = (mine @ theirs.transpose(2, 3)) * scale
+    weights = scores.masked_fill(~(seen.unsqueeze(1) | blind), float("-inf")).softmax(3).masked_fill(blind, 0.0)
+    out = (weights @ values).transpose(1, 2).flatten(0, 1)  # [B * L, H, Dv]
+    sequence = sequence_of(q, q_offsets)
+    at = sequence * longest - q_offsets[sequence] + torch.arange(q.shape[0], device=q.device)
+    return out.index_select(0, at).to(q.dtype)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float, causal: bool
+) -> Tensor:
+    """Two rows more, which see one another alone, stand behind: no compiler has to ask whether T is 0 or 1."""
     total = q.shape[0]
     q, k, v = (F.pad(t, (0, 0, 0, 0, 0, 2)) for t in (q, k, v))
     mine, theirs = sequence_of(q, q_offsets), sequence_of(k, k_offsets)
@@ -242,7 +314,8 @@ def ragged_decomposition(
 
 ragged_attention = define(
     "ragged_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_offsets, *, float scale, bool causal=False) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_offsets, *, float scale, bool causal=False, "
+    "SymInt? longest=None) -> Tensor",
     reference=ragged_reference,
     shape=ragged_shape,
     gradient=by_vjp(ragged_decomposition),

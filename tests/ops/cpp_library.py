@@ -153,6 +153,30 @@ def select_tokens(
     )
 
 
+def ragged_attention(
+    variant: Variant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offsets: torch.Tensor,
+    k_offsets: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> None:
+    """Fills `out` [T, H, Dv]; every tensor is read or written by its strides."""
+    rows, heads, width = q.shape
+    library(variant).call_ragged_attention(
+        int(q.dtype == torch.bfloat16),
+        longs([len(q_offsets) - 1, heads, rows, k.shape[0], width, v.shape[2]]),
+        longs([s for t in (q, k, v, out) for s in t.stride()[:2]]),
+        ctypes.c_float(scale),
+        int(causal),
+        *(pointer(t) for t in (q, k, v, q_offsets, k_offsets, out)),
+    )
+
+
 def local_attention(
     variant: Variant,
     q: torch.Tensor,

@@ -22,6 +22,8 @@ def test_a_ragged_batch_equals_its_sequences_one_by_one(spec: RaggedSpec) -> Non
     q, k, v, q_offsets, k_offsets = spec.make(torch.float64)
     out = ragged_attention.decomposition(q, k, v, q_offsets, k_offsets, **spec.options)
     laws.near(out, ragged_attention.reference(q, k, v, q_offsets, k_offsets, **spec.options), 1e-12)
+    bound = {**spec.options, "longest": spec.longest + spec.seed % 2}
+    laws.near(out, ragged_attention.decomposition(q, k, v, q_offsets, k_offsets, **bound), 1e-12)
     for b in range(len(spec.queries)):
         rows, keys = slice(*q_offsets[b : b + 2].tolist()), slice(*k_offsets[b : b + 2].tolist())
         ends = (torch.tensor([0, t.shape[0]]) for t in (q[rows], k[keys]))
@@ -117,3 +119,9 @@ def test_offsets_that_do_not_cut_all_rows_into_sequences_are_refused(begins):
     q, of = torch.randn(5, 2, 4), torch.tensor(begins)
     with pytest.raises(OpError, match="does not cut all packed rows"):
         ragged_attention(q, q, q, of, of, scale=0.5)
+
+
+def test_a_sequence_longer_than_was_said_is_refused():
+    q, of = torch.randn(5, 2, 4), torch.tensor([0, 2, 5])
+    with pytest.raises(OpError, match="longer than was said"):
+        ragged_attention(q, q, q, of, of, scale=0.5, longest=2)

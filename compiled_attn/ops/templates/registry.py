@@ -10,6 +10,7 @@ from compiled_attn.ops.templates import (
     cpp_class_row,
     cpp_gemm,
     cpp_local_attention,
+    cpp_ragged_attention,
     cpp_select_tokens,
     triton_attention,
     triton_class_row,
@@ -23,6 +24,7 @@ TEMPLATES: list[Template] = [
     cpp_class_row.TEMPLATE,
     cpp_gemm.TEMPLATE,
     cpp_local_attention.TEMPLATE,
+    cpp_ragged_attention.TEMPLATE,
     cpp_select_tokens.TEMPLATE,
     triton_attention.TEMPLATE,
     triton_class_row.TEMPLATE,
@@ -35,6 +37,7 @@ CPP_LOWERINGS: dict[str, Callable[..., Any]] = {
     cpp_class_row.TEMPLATE.op: cpp_class_row.lowering,
     cpp_gemm.TEMPLATE.op: cpp_gemm.lowering,
     cpp_local_attention.TEMPLATE.op: cpp_local_attention.lowering,
+    cpp_ragged_attention.TEMPLATE.op: cpp_ragged_attention.lowering,
     cpp_select_tokens.TEMPLATE.op: cpp_select_tokens.lowering,
 }
 

@@ -3,6 +3,7 @@
 #include "class_row.h"
 #include "gemm.h"
 #include "local_attention.h"
+#include "ragged_attention.h"
 #include "select_tokens.h"
 
 using namespace compiled_attn_cpp;
@@ -86,6 +87,25 @@ void call_class_row(int bf16, const int64_t* sizes, const int64_t* strides, floa
     run_class_row<Bf16>(s, q, k, bias, bias_kind, row, at);
   } else {
     run_class_row<float>(s, q, k, bias, bias_kind, row, at);
+  }
+}
+
+// sizes: sequences, heads, queries, keys, width, value width; strides (row, head) of q, k, v and out.
+void call_ragged_attention(int bf16, const int64_t* sizes, const int64_t* strides, float scale, int causal,
+                           const void* q, const void* k, const void* v, const int64_t* q_offsets,
+                           const int64_t* k_offsets, void* out) {
+  AttentionShape s{};
+  s.batch = sizes[0], s.heads = sizes[1], s.queries = sizes[2], s.keys = sizes[3];
+  s.width = sizes[4], s.value_width = sizes[5];
+  s.scale = scale;
+  s.causal = causal;
+  for (int i = 0; i < 2; ++i) {
+    s.q[2 - i] = strides[i], s.k[2 - i] = strides[2 + i], s.v[2 - i] = strides[4 + i], s.out[2 - i] = strides[6 + i];
+  }
+  if (bf16) {
+    ragged_attention(s, (const Bf16*)q, (const Bf16*)k, (const Bf16*)v, q_offsets, k_offsets, (Bf16*)out);
+  } else {
+    ragged_attention(s, (const float*)q, (const float*)k, (const float*)v, q_offsets, k_offsets, (float*)out);
   }
 }
 

@@ -413,6 +413,20 @@ void run_block(const AttentionShape& s, const T* q, const T* k, const T* v, Bias
   QueryBlock<T, NV>(s, memory).run(q, k, v, bias, out, first, std::min<int64_t>(NV * kWidth, s.queries - first));
 }
 
+// Block number `block` of a head's `blocks`, among which its vectors of queries are dealt evenly: 13 are 4 + 3 + 3 + 3.
+template <class T>
+void deal_block(const AttentionShape& s, const T* q, const T* k, const T* v, BiasRows bias, T* out, int64_t block,
+                int64_t blocks, int64_t vectors, float* memory) {
+  const int64_t first = (block * (vectors / blocks) + std::min(block, vectors % blocks)) * kWidth;
+  const int64_t count = vectors / blocks + (block < vectors % blocks);
+  if (count == 1) run_block<T, 1>(s, q, k, v, bias, out, first, memory);
+  if (count == 2) run_block<T, 2>(s, q, k, v, bias, out, first, memory);
+  if constexpr (kMaxVectors == 4) {
+    if (count == 3) run_block<T, 3>(s, q, k, v, bias, out, first, memory);
+    if (count == 4) run_block<T, 4>(s, q, k, v, bias, out, first, memory);
+  }
+}
+
 // `bias` is null where there is none. Threads: OpenMP's, one task a block of queries.
 template <class T, class Bias>
 void attention(const AttentionShape& s, const T* q, const T* k, const T* v, const Bias* bias, T* out) {
@@ -428,21 +442,12 @@ void attention(const AttentionShape& s, const T* q, const T* k, const T* v, cons
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t block = task % blocks, head = task / blocks % s.heads, b = task / blocks / s.heads;
-      // The vectors are dealt evenly: 13 are 4 + 3 + 3 + 3.
-      const int64_t begin = block * (vectors / blocks) + std::min(block, vectors % blocks);
-      const int64_t count = vectors / blocks + (block < vectors % blocks);
       const T* q_head = q + b * s.q[0] + head * s.q[1];
       const T* k_head = k + b * s.k[0] + head * s.k[1];
       const T* v_head = v + b * s.v[0] + head * s.v[1];
       T* out_head = out + b * s.out[0] + head * s.out[1];
       const BiasRows rows = {bias ? bias + b * s.bias[0] + head * s.bias[1] : nullptr, std::is_same<Bias, Bf16>::value};
-      const int64_t first = begin * kWidth;
-      if (count == 1) run_block<T, 1>(s, q_head, k_head, v_head, rows, out_head, first, aligned);
-      if (count == 2) run_block<T, 2>(s, q_head, k_head, v_head, rows, out_head, first, aligned);
-      if constexpr (kMaxVectors == 4) {
-        if (count == 3) run_block<T, 3>(s, q_head, k_head, v_head, rows, out_head, first, aligned);
-        if (count == 4) run_block<T, 4>(s, q_head, k_head, v_head, rows, out_head, first, aligned);
-      }
+      deal_block(s, q_head, k_head, v_head, rows, out_head, block, blocks, vectors, aligned);
     }
   }
 }
