@@ -679,3 +679,14 @@ def cpp_function(source: str) -> Callable[..., None]:
         function(*(ctypes.c_int64(a) for a in arguments))
 
     return call
+
+
+def fresh_sizes(shape_env: Any, value: Any) -> dict[Any, Any] | None:
+    """Symbols of sizes that only the data decides and that `value` brings in -> where in it; None where there are none.
+
+    Each is told once: asked again, it is an old one.
+    """
+    from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
+
+    found: dict[Any, Any] | None = compute_unbacked_bindings(shape_env, value)
+    return found or None

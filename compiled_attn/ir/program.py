@@ -181,6 +181,9 @@ class Edit:
             if key in like.meta:
                 node.meta[key] = like.meta[key]
         node.meta["val"] = self.value(target, args, kwargs)
+        fresh = _torch.fresh_sizes(self.program.shape_env, node.meta["val"])
+        if fresh is not None:
+            node.meta["unbacked_bindings"] = fresh
         return node
 
     def value(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

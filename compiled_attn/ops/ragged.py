@@ -26,7 +26,7 @@ def want_whole(op: str, name: str, tensor: Tensor) -> None:
 
 
 def whole_offsets(op: str, name: str, offsets: Tensor, rows: int, longest: int | None) -> list[int]:
-    """The offsets as numbers. Raises OpError unless they rise from 0 to the number of packed rows, in steps <= longest."""
+    """The offsets as numbers. Raises OpError unless they rise from 0 to the number of rows, by at most `longest`."""
     found: list[int] = offsets.tolist()
     if not found or found[0] != 0 or found[-1] != rows or found != sorted(found):
         raise OpError(

@@ -55,10 +55,13 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Part:
-    """A factor of a dimension: its size before any reorganization and what it counts (None: something else)."""
+    """A factor of a dimension: its size before any reorganization and what it counts (None: something else).
+
+    packed: the pictures, whose tokens lie behind one another now (follow_packed.py), so that this factor is 1.
+    """
 
     size: Size
-    role: Tokens | Literal["batch"] | None = None
+    role: Tokens | Literal["batch", "packed"] | None = None
 
 
 Dim = tuple[Part, ...]
@@ -97,7 +100,7 @@ def tokens_in(dim: Dim) -> Tokens | None:
 
 
 def batch_in(dim: Dim) -> bool:
-    return any(p.role == "batch" for p in dim)
+    return any(p.role in ("batch", "packed") for p in dim)
 
 
 def latest(tags: Tags | None) -> int:

@@ -69,8 +69,7 @@ def rewrite_sizes(f: Follow, node: fx.Node, position: int, tags: Tags) -> None:
     given = list(node.args[position])  # type: ignore[arg-type]
     offset = len(tags) - len(given)
     for i, size in enumerate(given):
-        tokens = tokens_in(tags[i + offset])
-        if tokens is None or tokens.stage == 0 or (isinstance(size, int) and size == -1):
+        if not resized(tags[i + offset]) or (isinstance(size, int) and size == -1):
             continue
         new = f.size_argument(node, tags[i + offset])
         if new is None:
@@ -79,6 +78,11 @@ def rewrite_sizes(f: Follow, node: fx.Node, position: int, tags: Tags) -> None:
             new = -1
         given[i] = new
     node.update_arg(position, given)
+
+
+def resized(dim: Dim) -> bool:
+    """Whether a dimension has another size than before: its tokens are fewer, or its pictures are packed."""
+    return latest((dim,)) > 0 or any(p.role == "packed" for p in dim)
 
 
 def expand(f: Follow, node: fx.Node) -> Tags:

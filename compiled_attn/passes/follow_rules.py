@@ -61,21 +61,25 @@ ZERO, ONE, TRUE, FALSE = 0.0, 1.0, True, False
 
 def rule_for(node: fx.Node) -> Rule:
     """The rule of a node's op; one that raises Lost where there is none."""
-    target: Any = node.target
-    if target is operator.getitem:
+    if node.target is operator.getitem:
         return getitem
-    name = ""
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, name = target._schema.name.split("::")
-        if namespace == NAMESPACE:
-            name = f"{NAMESPACE}.{name}"
-        elif namespace != "aten":
-            name = f"{namespace}::{name}"
+    name = rule_name(node)
     if name in RULES:
         return RULES[name]
-    if torch.Tag.pointwise in getattr(target, "tags", ()):
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return pointwise
     return unknown
+
+
+def rule_name(node: fx.Node) -> str:
+    """What an op is called in tables of rules: `view` of ATen, `compiled_attn.attention`; empty where it is no op."""
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return ""
+    namespace, name = target._schema.name.split("::")
+    if namespace == NAMESPACE:
+        return f"{NAMESPACE}.{name}"
+    return name if namespace == "aten" else f"{namespace}::{name}"
 
 
 def unknown(_: Follow, node: fx.Node) -> Any:
