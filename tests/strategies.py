@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import depthwise_strategies
 import local_strategies
 import ragged_strategies
 import torch
@@ -259,6 +260,7 @@ INPUTS: dict[str, list[Inputs]] = {
         _linear_inputs(LinearSpec(activation="gelu_tanh")),
     ],
     "local_attention": [Inputs(name, spec.make, spec.options) for name, spec in local_strategies.CASES.items()],
+    "depthwise_block": [Inputs(name, spec.make, spec.options) for name, spec in depthwise_strategies.CASES.items()],
     "pack_tokens": [Inputs(name, spec.tensors, {}) for name, spec in ragged_strategies.PACK.items()],
     "unpack_tokens": [Inputs(name, spec.packed, {}) for name, spec in ragged_strategies.PACK.items()],
     "ragged_attention": [Inputs(name, spec.make, spec.options) for name, spec in ragged_strategies.ATTENTION.items()],
@@ -317,5 +319,6 @@ BAD_INPUTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         (_bad_linear(bias=torch.zeros(10).bfloat16()), "bias holds torch.bfloat16"),
     ],
     "local_attention": local_strategies.BAD,
+    "depthwise_block": depthwise_strategies.BAD,
     **ragged_strategies.BAD,
 }

@@ -539,6 +539,15 @@ def inductor_expand(value: Any, sizes: list[Any]) -> Any:
     return expand(value, sizes)
 
 
+def inductor_channels_last(value: Any) -> Any:
+    """Inside a lowering: a map [B, C, Y, X] as a view [B, Y, X, C], laid out (copied where it is not) with C dense."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import permute
+
+    laid_out: Any = ir.ExternKernel.require_channels_last(value)
+    return permute(laid_out if isinstance(laid_out, ir.TensorBox) else ir.TensorBox.create(laid_out), [0, 2, 3, 1])
+
+
 @contextmanager
 def without_guards(shape_env: Any) -> Iterator[None]:
     """Shapes asked for in the block leave no guard and fix no symbol (bicubic upsampling's shape rule does both)."""

@@ -2,6 +2,7 @@
 
 from compiled_attn.ir.op import OPS, Op
 from compiled_attn.ops.attention import attention, attention_with_class_row
+from compiled_attn.ops.depthwise import depthwise_block
 from compiled_attn.ops.linear import packed_linear
 from compiled_attn.ops.local import local_attention
 from compiled_attn.ops.ragged import pack_tokens, ragged_attention, unpack_tokens
@@ -12,6 +13,7 @@ __all__ = [
     "Op",
     "attention",
     "attention_with_class_row",
+    "depthwise_block",
     "local_attention",
     "pack_tokens",
     "packed_linear",

@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from compiled_attn.ir import machine
+from compiled_attn.ops.depthwise import ACTIVATIONS
 from compiled_attn.ops.local_geometry import Axis
 from compiled_attn.ops.templates.base import KERNELS
+from compiled_attn.ops.templates.cpp_depthwise import numbers
 from compiled_attn.ops.templates.cpp_local_attention import axis_numbers, tables
 
 SOURCE = Path(__file__).parent / "cpp" / "library.cpp"
@@ -212,6 +214,29 @@ def local_attention(
         BIAS_KINDS[None if relative is None else relative.dtype],
         pointer(out),
     )
+
+
+def depthwise(variant: Variant, tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor, options: dict) -> None:
+    """Fills `out` [B, C, Y, X]; the maps' channel stride is 1. The activation is "none" or "silu"."""
+    x, weight, _, gate, residual, *_ = tensors
+    pairs = [options[name] for name in ("stride", "padding", "dilation")]
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    library(variant).call_depthwise(
+        int(x.dtype == torch.bfloat16),
+        int(options["activation"] == "silu"),
+        int(options["norm_eps"] is not None),
+        longs(numbers(x, gate, residual, out, weight.shape[:2], *pairs)),
+        ctypes.c_float(options["norm_eps"] or 0.0),
+        longs(addresses),
+        pointer(out),
+    )
+
+
+def activation(variant: Variant, name: str, x: torch.Tensor) -> torch.Tensor:
+    """The activation of every element of float32 `x`."""
+    out = torch.full_like(x, torch.nan)
+    library(variant).call_activation(ACTIVATIONS.index(name), pointer(x), pointer(out), ctypes.c_int64(x.numel()))
+    return out
 
 
 def _sizes(

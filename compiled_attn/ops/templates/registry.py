@@ -8,6 +8,7 @@ from typing import Any
 from compiled_attn.ops.templates import (
     cpp_attention,
     cpp_class_row,
+    cpp_depthwise,
     cpp_gemm,
     cpp_local_attention,
     cpp_ragged_attention,
@@ -22,6 +23,7 @@ from compiled_attn.ops.templates.base import Template
 TEMPLATES: list[Template] = [
     cpp_attention.TEMPLATE,
     cpp_class_row.TEMPLATE,
+    cpp_depthwise.TEMPLATE,
     cpp_gemm.TEMPLATE,
     cpp_local_attention.TEMPLATE,
     cpp_ragged_attention.TEMPLATE,
@@ -35,6 +37,7 @@ TEMPLATES: list[Template] = [
 CPP_LOWERINGS: dict[str, Callable[..., Any]] = {
     cpp_attention.TEMPLATE.op: cpp_attention.lowering,
     cpp_class_row.TEMPLATE.op: cpp_class_row.lowering,
+    cpp_depthwise.TEMPLATE.op: cpp_depthwise.lowering,
     cpp_gemm.TEMPLATE.op: cpp_gemm.lowering,
     cpp_local_attention.TEMPLATE.op: cpp_local_attention.lowering,
     cpp_ragged_attention.TEMPLATE.op: cpp_ragged_attention.lowering,

@@ -1,6 +1,7 @@
 // The kernels behind plain C functions, one per element type, for tests that call them with raw pointers.
 #include "attention.h"
 #include "class_row.h"
+#include "depthwise.h"
 #include "gemm.h"
 #include "local_attention.h"
 #include "ragged_attention.h"
@@ -49,7 +50,49 @@ static void run_gemm(const GemmShape& s, int activation, const void* x, const vo
   if (activation == 4) gemm<T, Activation::gelu_tanh, NV>(s, a, w, b, r, (T*)out);
 }
 
+template <class T, Activation A>
+static void run_depthwise(const DepthwiseShape& s, int norm, const void* const* p, void* out) {
+  const DepthwiseTensors<T> t{(const T*)p[0], (const T*)p[1], (const T*)p[2], (const T*)p[3],
+                              (const T*)p[4], (const T*)p[5], (const T*)p[6], (T*)out};
+  if (norm) {
+    depthwise<T, A, true>(s, t);
+  } else {
+    depthwise<T, A, false>(s, t);
+  }
+}
+
+template <Activation A>
+static void run_activation(const float* x, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const int64_t n = std::min<int64_t>(kWidth, count - i);
+    vstore(out + i, activate<A>(vload(x + i, n)), n);
+  }
+}
+
 extern "C" {
+
+// One vector after the other; the order of the activations is that of the enumeration.
+void call_activation(int activation, const float* x, float* out, int64_t count) {
+  if (activation == 0) run_activation<Activation::none>(x, out, count);
+  if (activation == 1) run_activation<Activation::relu>(x, out, count);
+  if (activation == 2) run_activation<Activation::relu6>(x, out, count);
+  if (activation == 3) run_activation<Activation::silu>(x, out, count);
+  if (activation == 4) run_activation<Activation::hardswish>(x, out, count);
+  if (activation == 5) run_activation<Activation::gelu>(x, out, count);
+  if (activation == 6) run_activation<Activation::gelu_tanh>(x, out, count);
+}
+
+// numbers: a DepthwiseShape's integers. tensors: x, weight, bias, gate, residual, the norm's weight and bias.
+void call_depthwise(int bf16, int silu, int norm, const int64_t* numbers, float eps, const void* const* tensors,
+                    void* out) {
+  DepthwiseShape s{};
+  std::memcpy(&s, numbers, 26 * sizeof(int64_t));
+  s.eps = eps;
+  if (!bf16 && !silu) run_depthwise<float, Activation::none>(s, norm, tensors, out);
+  if (!bf16 && silu) run_depthwise<float, Activation::silu>(s, norm, tensors, out);
+  if (bf16 && !silu) run_depthwise<Bf16, Activation::none>(s, norm, tensors, out);
+  if (bf16 && silu) run_depthwise<Bf16, Activation::silu>(s, norm, tensors, out);
+}
 
 // sizes: rows, inner, outer, and the strides of x's, the residual's and the output's rows. vectors: of a block.
 void call_gemm(int bf16, int vectors, int activation, const int64_t* sizes, const void* x, const void* packed,

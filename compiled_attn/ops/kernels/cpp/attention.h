@@ -41,7 +41,6 @@ constexpr int kMaxVectors = 4;  // of queries in a block: 32 registers
 constexpr int kMaxVectors = 2;  // 16 registers
 #endif
 constexpr int64_t kMaxKeys = 128;
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Rows of the register tile beside `NV` vectors of queries.

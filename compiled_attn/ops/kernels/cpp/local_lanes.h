@@ -31,20 +31,6 @@ constexpr int kLaneRows = 6, kLaneSlots = 4, kLaneValues = 4;  // register tiles
 constexpr int kLaneRows = 3, kLaneSlots = 3, kLaneValues = 2;  // of 16
 #endif
 
-// Calls f with n, which is 1 to N, as a constant.
-template <int N, class F>
-COMPILED_ATTN_INLINE void as_constant(int64_t n, const F& f) {
-  if constexpr (N == 1) {
-    f(std::integral_constant<int, 1>());
-  } else {
-    if (n == N) {
-      f(std::integral_constant<int, N>());
-    } else {
-      as_constant<N - 1>(n, f);
-    }
-  }
-}
-
 // The distances that a vector of queries of the last axis needs, and which lanes see which: at or above 0.
 struct LaneTile {
   int64_t first, count, low, distances;

@@ -3,9 +3,9 @@
 #define COMPILED_ATTN_CPP_LOCAL_SHAPE_H
 
 #include <algorithm>
-#include <new>
 #include <vector>
 
+#include "lines.h"
 #include "simd.h"
 
 namespace compiled_attn_cpp {
@@ -37,37 +37,6 @@ struct Numbers {
   float operator[](int64_t i) const {
     return bf16 ? to_float(static_cast<const Bf16*>(data)[i]) : static_cast<const float*>(data)[i];
   }
-};
-
-// Memory that begins at a line of the cache; it grows, keeps nothing then, and is zero where it was never written.
-class Lines {
- public:
-  Lines() = default;
-  Lines(const Lines&) = delete;
-  Lines& operator=(const Lines&) = delete;
-  ~Lines() { release(); }
-
-  float* room(int64_t floats) {
-    if (floats > size) {
-      release();
-      memory = static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)));
-      size = floats;
-      clear();
-    }
-    return memory;
-  }
-  void clear() {
-    if (size > 0) std::memset(memory, 0, size * sizeof(float));
-  }
-  float* data() { return memory; }
-
- private:
-  void release() {
-    if (memory != nullptr) ::operator delete(memory, std::align_val_t(64));
-  }
-
-  float* memory = nullptr;
-  int64_t size = 0;
 };
 
 // Queries of one axis that are computed together: places in a class of positions `residue` modulo the dilation.

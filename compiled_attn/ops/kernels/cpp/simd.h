@@ -273,6 +273,8 @@ COMPILED_ATTN_INLINE void vstore(Bf16* p, Vec v, int64_t n) {
 COMPILED_ATTN_INLINE void vstore(Bf16* p, Vec v) { vstore(p, v, kWidth); }
 #endif
 
+constexpr float kLog2e = 1.4426950408889634f;
+
 // 2 to the power x for x <= 0: relative error below 1e-7; 0 from kExp2Floor down; a NaN stays one.
 COMPILED_ATTN_INLINE Vec vexp2(Vec x) {
   x = vmax(vset(kExp2Floor), x);

@@ -1,0 +1,252 @@
+"""A depthwise convolution with what surrounds it, in one pass over memory.
+
+    c = bias + sum over (i, j) of weight[i, j] * x[y * stride + i * dilation - padding, ...]      channel by channel
+    out = activation(layer_norm(c)) * gate + residual
+
+`layer_norm` is over the channels of a pixel, with `norm_weight` and `norm_bias`, where `norm_eps` is given; every other
+part may be left out too. A batch norm or a layer scale next to the convolution is folded into weight and bias ahead.
+
+Letters: B batch, C channels, Y X positions, I J the kernel's rows and columns. Memory is channels last: the weight lies
+as [I, J, C], the result has the strides of a contiguous [B, Y, X, C].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from compiled_attn.ir.errors import OpError
+from compiled_attn.ir.op import Cost, by_vjp, define
+from compiled_attn.ops.rules import bytes_of, differ, exceeds, want_equal, want_floating, want_rank, widened
+
+Tensor = torch.Tensor
+Pair = Sequence[int]
+OP = "depthwise_block"
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """The activation by name."""
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    known = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
+    return known[activation](x) if activation != "none" else x
+
+
+def out_size(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> Any:
+    """Positions of the result along an axis of `size` positions."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+# depthwise_block: activation(norm(depthwise(x) + bias)) * gate + residual
+
+
+def depthwise_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    activation: str = "none",
+    norm_eps: float | None = None,
+) -> Tensor:
+    """A sum over the kernel's places of shifted maps."""
+    rows, columns = _check(
+        x, weight, bias, gate, residual, norm_weight, norm_bias, stride, padding, dilation, activation, norm_eps
+    )
+    wide = widened(x.dtype)
+    padded = F.pad(x.to(wide), (padding[1], padding[1], padding[0], padding[0]))
+    total = padded.new_zeros((x.shape[0], x.shape[1], rows, columns))
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            down = slice(i * dilation[0], i * dilation[0] + (rows - 1) * stride[0] + 1, stride[0])
+            right = slice(j * dilation[1], j * dilation[1] + (columns - 1) * stride[1] + 1, stride[1])
+            total = total + padded[:, :, down, right] * weight[i, j].to(wide).view(-1, 1, 1)
+    if bias is not None:
+        total = total + bias.to(wide).view(-1, 1, 1)
+    if norm_eps is not None:
+        variance, mean = torch.var_mean(total, 1, correction=0, keepdim=True)
+        total = (total - mean) * torch.rsqrt(variance + norm_eps)
+        total = total if norm_weight is None else total * norm_weight.to(wide).view(-1, 1, 1)
+        total = total if norm_bias is None else total + norm_bias.to(wide).view(-1, 1, 1)
+    total = activated(total, activation)
+    total = total if gate is None else total * gate.to(wide)
+    total = total if residual is None else total + residual.to(wide)
+    return _channels_last(total.to(x.dtype))
+
+
+def depthwise_shape(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    activation: str = "none",
+    norm_eps: float | None = None,
+) -> Tensor:
+    rows, columns = _check(
+        x, weight, bias, gate, residual, norm_weight, norm_bias, stride, padding, dilation, activation, norm_eps
+    )
+    return x.new_empty((x.shape[0], rows, columns, x.shape[1])).permute(0, 3, 1, 2)
+
+
+def depthwise_cost(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    activation: str = "none",
+    norm_eps: float | None = None,
+) -> Cost:
+    """The multiply-adds of the kernel's places, those beyond the border counted; each map once."""
+    del activation, norm_eps
+    taps = weight.shape[0] * weight.shape[1]
+    sizes = zip(x.shape[2:], weight.shape[:2], stride, padding, dilation, strict=True)
+    written = math.prod([out_size(*axis) for axis in sizes]) * x.shape[0] * x.shape[1]
+    read = bytes_of(x, weight, bias, gate, residual, norm_weight, norm_bias)
+    return Cost(2 * taps * written, read + written * x.element_size())
+
+
+def depthwise_decomposition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    activation: str = "none",
+    norm_eps: float | None = None,
+) -> Tensor:
+    """The convolution of ATen, and pointwise work that Inductor fuses."""
+    kernel = weight.permute(2, 0, 1).unsqueeze(1)
+    y = F.conv2d(x, kernel, bias, list(stride), list(padding), list(dilation), weight.shape[2])
+    if norm_eps is not None:
+        last = F.layer_norm(y.permute(0, 2, 3, 1), [weight.shape[2]], norm_weight, norm_bias, norm_eps)
+        y = last.permute(0, 3, 1, 2)
+    y = activated(y, activation)
+    y = y if gate is None else y * gate
+    return _channels_last(y if residual is None else y + residual)
+
+
+# x [B, C, Y, X], weight [I, J, C], bias, norm_weight, norm_bias [C], gate and residual as the result
+# -> [B, C, Y', X'] in channels last. stride, padding, dilation: one number for rows, one for columns.
+depthwise_block = define(
+    OP,
+    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? gate=None, Tensor? residual=None, Tensor? norm_weight=None, "
+    "Tensor? norm_bias=None, *, int[2] stride=[1, 1], int[2] padding=[0, 0], int[2] dilation=[1, 1], "
+    "str activation='none', float? norm_eps=None) -> Tensor",
+    reference=depthwise_reference,
+    shape=depthwise_shape,
+    gradient=by_vjp(depthwise_decomposition),
+    cost=depthwise_cost,
+    decomposition=depthwise_decomposition,
+)
+
+
+def _channels_last(y: Tensor) -> Tensor:
+    """[B, C, Y, X] with the strides of a contiguous [B, Y, X, C], sizes of 1 included."""
+    return y.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str,
+    norm_eps: float | None,
+) -> tuple[Any, Any]:
+    """Rows and columns of the result; raises OpError where the arguments clash."""
+    want_rank(OP, "x", x, "BCYX")
+    want_rank(OP, "weight", weight, "IJC")
+    want_floating(OP, "x", x)
+    channels = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, tensor in channels.items():
+        if tensor is not None:
+            if name != "weight":
+                want_rank(OP, name, tensor, "C")
+            want_equal(OP, "the number of channels", "x", x.shape[1], name, tensor.shape[-1])
+    _check_options(stride, padding, dilation, activation)
+    if norm_eps is None and not (norm_weight is None and norm_bias is None):
+        raise OpError(
+            f"{OP}: norm_weight or norm_bias without norm_eps",
+            facts="the layer norm is there where norm_eps is given",
+            do="give norm_eps, or leave both out",
+        )
+    sizes = []
+    for axis, letter in enumerate("YX"):
+        size, kernel = x.shape[2 + axis], weight.shape[axis]
+        reach = dilation[axis] * (kernel - 1) + 1
+        if exceeds(1, kernel) or exceeds(reach, size + 2 * padding[axis]):
+            raise OpError(
+                f"{OP}: the kernel does not fit along {letter}",
+                facts=f"{kernel} places reach over {reach}, the map has {size} and {padding[axis]} on either side",
+                do="pad more, or take a smaller kernel or dilation",
+            )
+        sizes.append(out_size(size, kernel, stride[axis], padding[axis], dilation[axis]))
+    wanted = (x.shape[0], x.shape[1], *sizes)
+    for name, tensor in (("gate", gate), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.dim() != 4 or any(differ(a, b) for a, b in zip(tensor.shape, wanted, strict=True)):
+            raise OpError(
+                f"{OP}: {name} is not of the result's shape",
+                facts=f"{name} is {tuple(tensor.shape)}, the result {tuple(wanted)}",
+                do=f"expand {name}, or compute it behind the op",
+            )
+    for name, tensor in {**channels, "gate": gate, "residual": residual}.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise OpError(
+                f"{OP}: {name} holds {tensor.dtype}", facts=f"x holds {x.dtype}", do=f"convert {name} to x's dtype"
+            )
+    return sizes[0], sizes[1]
+
+
+def _check_options(stride: Pair, padding: Pair, dilation: Pair, activation: str) -> None:
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(pair) != 2 or min(pair) < least:
+            raise OpError(
+                f"{OP}: {name} is {list(pair)}",
+                facts=f"it holds two numbers, for rows and columns, each at least {least}",
+                do=f"give {name} as [{least}, {least}] or more",
+            )
+    if activation not in ACTIVATIONS:
+        raise OpError(
+            f"{OP}: there is no activation {activation!r}",
+            facts=f"there are {', '.join(ACTIVATIONS)}",
+            do="use one of these, or compute it behind the op",
+        )

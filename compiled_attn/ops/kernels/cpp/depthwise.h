@@ -1,0 +1,336 @@
+// Depthwise convolution in channels last, with what surrounds it:
+//
+//   out = activation(layer_norm(bias + sum over (i, j) of weight[i, j] * x[y * stride + i * dilation - padding, ...]))
+//         * gate + residual
+//
+//   x [B, Y, X, C], gate, residual, out [B, Y', X', C] by their strides, channel stride 1; weight [I, J, C] contiguous;
+//   bias and the norm's weight and bias [C]. What is not there is a null pointer; the norm is there by its flag.
+//
+// Work goes by one vector of channels. A ring of padded input rows of these channels lies in a thread's own memory as
+// float32, so that borders, dilation and bfloat16 cost nothing where the sums are made and every input is read once.
+// A register tile holds up to three rows by kTileColumns columns of sums; rows that lie `dilation` apart share inputs.
+#ifndef COMPILED_ATTN_CPP_DEPTHWISE_H
+#define COMPILED_ATTN_CPP_DEPTHWISE_H
+
+#include <algorithm>
+#include <vector>
+
+#include "activations.h"
+#include "lines.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace compiled_attn_cpp {
+namespace {
+
+// One axis of the map; padding is the same on either side.
+struct DepthwiseAxis {
+  int64_t in, out, kernel, stride, padding, dilation;
+};
+
+// Strides in elements in the order batch, row, column.
+struct DepthwiseShape {
+  int64_t batch, channels;
+  DepthwiseAxis y, x;
+  int64_t from[3], gate[3], residual[3], to[3];
+  float eps;  // of the norm
+};
+
+template <class T>
+struct DepthwiseTensors {
+  const T *x, *weight, *bias, *gate, *residual, *norm_weight, *norm_bias;
+  T* out;
+};
+
+#if defined(COMPILED_ATTN_AVX512) || defined(__aarch64__)
+constexpr int kTileColumns = 8;  // 32 registers
+#else
+constexpr int kTileColumns = 4;  // 16 registers
+#endif
+constexpr int kTileRows = 3;
+constexpr int64_t kRingFloats = 64 * 1024 / 4;        // of a ring, where the columns can be cut that small
+constexpr int64_t kNormFloats = 256 * 1024 / 4;       // of sums that wait for the norm
+constexpr int64_t kDepthwiseThreads = 100 * 1000;     // multiply-adds from which a parallel region pays
+constexpr int64_t kDepthwiseTasks = 4;                // a thread
+constexpr int64_t kLeastBand = 4;                     // rows of a task, in groups that share inputs
+
+// The rows of one batch entry [first, last) and columns [left, right) of the result, all channels or one vector.
+struct DepthwisePart {
+  int64_t batch, first, last, left, right;
+};
+
+// A thread's work. T: elements.  A: activation.  Norm: whether there is a layer norm over channels.
+template <class T, Activation A, bool Norm>
+class Depthwise {
+ public:
+  Depthwise(const DepthwiseShape& shape, const DepthwiseTensors<T>& tensors) : s(shape), t(tensors) {
+    together = s.y.stride == 1 ? int(std::min<int64_t>(kTileRows, s.y.kernel)) : 1;
+    apart = s.y.stride == 1 ? s.y.dilation : 1;
+    ring_rows = (s.y.kernel - 1) * s.y.dilation + (together * apart - 1) * s.y.stride + 1;
+    rows.resize(s.y.kernel + kTileRows - 1);
+    taps = weights.room(s.y.kernel * s.x.kernel * kWidth);
+  }
+
+  // One vector of channels, from c on.
+  void run(const DepthwisePart& part, int64_t c) {
+    const int64_t lanes = std::min<int64_t>(kWidth, s.channels - c);
+    for (int64_t i = 0; i < s.y.kernel * s.x.kernel; ++i) vstore(taps + i * kWidth, load(t.weight + i * s.channels + c, lanes));
+    const Vec bias = t.bias ? load(t.bias + c, lanes) : vset(0.f);
+    columns = (part.right - part.left - 1) * s.x.stride + (s.x.kernel - 1) * s.x.dilation + 1;
+    ring = memory.room(ring_rows * columns * kWidth);
+    const int64_t base = part.first * s.y.stride - s.y.padding, group = together * apart;
+    int64_t filled = 0;
+    for (int64_t y = part.first; y < part.last; y += group) {
+      const int64_t begin = y * s.y.stride - s.y.padding - base;
+      const int64_t last = std::min(y + group, part.last) - 1;
+      const int64_t end = last * s.y.stride - s.y.padding - base + (s.y.kernel - 1) * s.y.dilation + 1;
+      for (filled = std::max(filled, begin); filled < end; ++filled) fill(part, c, lanes, filled + base, filled % ring_rows);
+      for (int64_t p = 0; p < apart && y + p < part.last; ++p) {
+        const int64_t count = std::min<int64_t>(together, (part.last - y - p + apart - 1) / apart);
+        for (int64_t j = 0; j < s.y.kernel + count - 1; ++j) {
+          rows[j] = ring + (begin + p + j * s.y.dilation) % ring_rows * columns * kWidth;
+        }
+        row_of_tiles(part, c, lanes, y + p, int(count), bias);
+      }
+    }
+  }
+
+  // All channels of a part; then their norm, and what follows it.
+  void run_with_norm(const DepthwisePart& part) {
+    wide = (s.channels + kWidth - 1) / kWidth * kWidth;
+    sums = waiting.room((part.last - part.first) * (part.right - part.left) * wide);
+    for (int64_t c = 0; c < s.channels; c += kWidth) run(part, c);
+    for (int64_t y = part.first; y < part.last; ++y) {
+      for (int64_t x = part.left; x < part.right; ++x) normalise(part, y, x);
+    }
+  }
+
+ private:
+  static COMPILED_ATTN_INLINE Vec load(const T* p, int64_t lanes) { return lanes == kWidth ? vload(p) : vload(p, lanes); }
+
+  // Row `y` of x with zeros at its ends, to a row of the ring; a row beyond the border is never read there.
+  void fill(const DepthwisePart& part, int64_t c, int64_t lanes, int64_t y, int64_t slot) {
+    if (y < 0 || y >= s.y.in) return;
+    float* to = ring + slot * columns * kWidth;
+    const int64_t left = part.left * s.x.stride - s.x.padding;
+    const int64_t begin = std::min(columns, std::max<int64_t>(0, -left));
+    const int64_t end = std::max(begin, std::min(columns, s.x.in - left));
+    if (begin > 0) std::memset(to, 0, begin * kWidth * sizeof(float));
+    if (end < columns) std::memset(to + end * kWidth, 0, (columns - end) * kWidth * sizeof(float));
+    const T* from = t.x + part.batch * s.from[0] + y * s.from[1] + (left + begin) * s.from[2] + c;
+    const int64_t step = s.from[2];
+    if (lanes == kWidth) {
+      for (int64_t j = begin; j < end; ++j, from += step) vstore(to + j * kWidth, vload(from));
+    } else {
+      for (int64_t j = begin; j < end; ++j, from += step) vstore(to + j * kWidth, vload(from, lanes));
+    }
+  }
+
+  // The steps [begin, end) of a kernel that starts at input `first` and meets the map there or up to `reach` beyond.
+  struct Inside {
+    int64_t begin = 0, end = 0;
+
+    Inside() = default;
+    Inside(const DepthwiseAxis& a, int64_t first, int64_t reach, int64_t kernel) {
+      const int64_t d = a.dilation;
+      begin = first + reach >= 0 ? 0 : (-first - reach + d - 1) / d;
+      end = first >= a.in ? 0 : std::min(kernel, (a.in - first + d - 1) / d);
+      begin = std::min(begin, end);
+    }
+    bool holds(int64_t j) const { return begin <= j && j < end; }
+  };
+
+  // `count` rows of the result from y on, `apart` rows from each other.
+  void row_of_tiles(const DepthwisePart& part, int64_t c, int64_t lanes, int64_t y, int count, Vec bias) {
+    down = Inside(s.y, y * s.y.stride - s.y.padding, 0, s.y.kernel + count - 1);
+    const int64_t size = part.right - part.left, tiles = (size + kTileColumns - 1) / kTileColumns;
+    int64_t x = 0;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t width = size / tiles + (i < size % tiles);
+      right = Inside(s.x, (part.left + x) * s.x.stride - s.x.padding, (width - 1) * s.x.stride, s.x.kernel);
+      as_constant<kTileColumns>(width, [&](auto TX) {
+        if (s.x.stride == 1) {
+          as_constant<kTileRows>(count, [&](auto TY) { tile<TY(), TX(), true>(part, c, lanes, y, x, bias); });
+        } else {
+          as_constant<kTileRows>(count, [&](auto TY) { tile<TY(), TX(), false>(part, c, lanes, y, x, bias); });
+        }
+      });
+      x += width;
+    }
+  }
+
+  template <int TY, int TX, bool Unit>
+  __attribute__((noinline)) void tile(const DepthwisePart& part, int64_t c, int64_t lanes, int64_t y, int64_t x, Vec bias) {
+    Vec sum[TY][TX];
+#pragma GCC unroll 3
+    for (int r = 0; r < TY; ++r)
+#pragma GCC unroll 8
+      for (int i = 0; i < TX; ++i) sum[r][i] = bias;
+    const int64_t at = x * s.x.stride * kWidth, line = s.x.kernel * kWidth, last = s.y.kernel;
+    const float* beyond = taps + last * line;
+    if constexpr (TY > 1) {
+      if (down.holds(0)) add<TY, TX, Unit, 0, 1>(sum, rows[0] + at, taps);
+    }
+    if constexpr (TY > 2) {
+      if (down.holds(1)) add<TY, TX, Unit, 0, 2>(sum, rows[1] + at, taps + line);
+    }
+    const int64_t end = std::min(down.end, last);
+    for (int64_t j = std::max<int64_t>(down.begin, TY - 1); j < end; ++j) {
+      add<TY, TX, Unit, 0, TY>(sum, rows[j] + at, taps + j * line);
+    }
+    if constexpr (TY > 1) {
+      if (down.holds(last)) add<TY, TX, Unit, 1, TY>(sum, rows[last] + at, beyond);
+    }
+    if constexpr (TY > 2) {
+      if (down.holds(last + 1)) add<TY, TX, Unit, 2, TY>(sum, rows[last + 1] + at, beyond + line);
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < TY; ++r) {
+      const int64_t row = y + r * apart;
+      if constexpr (Norm) {
+        float* to = sums + ((row - part.first) * (part.right - part.left) + x) * wide + c;
+#pragma GCC unroll 8
+        for (int i = 0; i < TX; ++i) vstore(to + i * wide, sum[r][i]);
+      } else {
+        const Place place(*this, part.batch, row, part.left + x, c);
+#pragma GCC unroll 8
+        for (int i = 0; i < TX; ++i) place.finish(*this, i, lanes, sum[r][i]);
+      }
+    }
+  }
+
+  // sum[r] += one row of inputs times the kernel's row for r, of the rows LOW to HIGH; `row` is the kernel's for r = 0.
+  template <int TY, int TX, bool Unit, int LOW, int HIGH>
+  COMPILED_ATTN_INLINE void add(Vec (&sum)[TY][TX], const float* inputs, const float* row) {
+    const int64_t step = Unit ? kWidth : s.x.stride * kWidth, line = s.x.kernel * kWidth;
+    inputs += right.begin * s.x.dilation * kWidth;
+    row += right.begin * kWidth;
+    for (int64_t j = right.begin; j < right.end; ++j, inputs += s.x.dilation * kWidth, row += kWidth) {
+      Vec tap[HIGH];
+#pragma GCC unroll 3
+      for (int r = LOW; r < HIGH; ++r) tap[r] = vload(row - r * line);
+#pragma GCC unroll 8
+      for (int i = 0; i < TX; ++i) {
+        Vec value = vload(inputs + i * step);
+        if constexpr (HIGH - LOW > 1) COMPILED_ATTN_KEEP(value);
+#pragma GCC unroll 3
+        for (int r = LOW; r < HIGH; ++r) sum[r][i] = vfma(value, tap[r], sum[r][i]);
+      }
+    }
+  }
+
+  // Where the result of a row begins, and what belongs to it.
+  struct Place {
+    const T *gate, *residual;
+    T* out;
+
+    COMPILED_ATTN_INLINE Place(const Depthwise& d, int64_t b, int64_t y, int64_t x, int64_t c)
+        : gate(d.t.gate ? d.t.gate + at(d.s.gate, b, y, x) + c : nullptr),
+          residual(d.t.residual ? d.t.residual + at(d.s.residual, b, y, x) + c : nullptr),
+          out(d.t.out + at(d.s.to, b, y, x) + c) {}
+
+    static COMPILED_ATTN_INLINE int64_t at(const int64_t (&stride)[3], int64_t b, int64_t y, int64_t x) {
+      return b * stride[0] + y * stride[1] + x * stride[2];
+    }
+
+    // Column i from here: activation, gate, residual.
+    COMPILED_ATTN_INLINE void finish(const Depthwise& d, int64_t i, int64_t lanes, Vec value) const {
+      value = activate<A>(value);
+      if (gate) value = vmul(value, load(gate + i * d.s.gate[2], lanes));
+      if (residual) value = vadd(value, load(residual + i * d.s.residual[2], lanes));
+      T* to = out + i * d.s.to[2];
+      if (lanes == kWidth) {
+        vstore(to, value);
+      } else {
+        vstore(to, value, lanes);
+      }
+    }
+  };
+
+  // The norm of one pixel, and what follows it.
+  void normalise(const DepthwisePart& part, int64_t y, int64_t x) {
+    const float* from = sums + ((y - part.first) * (part.right - part.left) + x - part.left) * wide;
+    const float share = 1.f / float(s.channels);
+    const int64_t whole = s.channels / kWidth * kWidth, rest = s.channels - whole;
+    Vec total = vset(0.f);
+    for (int64_t c = 0; c < wide; c += kWidth) total = vadd(total, vload(from + c));  // zeros beyond the channels
+    const Vec mean = vset(vsum(total) * share);
+    Vec squares = vset(0.f);
+    for (int64_t c = 0; c < whole; c += kWidth) {
+      const Vec d = vsub(vload(from + c), mean);
+      squares = vfma(d, d, squares);
+    }
+    float square = vsum(squares);
+    for (int64_t c = whole; c < s.channels; ++c) square += (from[c] - mean[0]) * (from[c] - mean[0]);
+    const Vec scale = vset(1.f / std::sqrt(square * share + s.eps));
+    for (int64_t c = 0; c < wide; c += kWidth) {
+      const int64_t lanes = c < whole ? kWidth : rest;
+      Vec value = vmul(vsub(vload(from + c), mean), scale);
+      if (t.norm_weight) value = vmul(value, load(t.norm_weight + c, lanes));
+      if (t.norm_bias) value = vadd(value, load(t.norm_bias + c, lanes));
+      Place(*this, part.batch, y, x, c).finish(*this, 0, lanes, value);
+    }
+  }
+
+  const DepthwiseShape& s;
+  const DepthwiseTensors<T>& t;
+  int together;             // rows of a register tile
+  int64_t apart, ring_rows;  // distance of these rows; rows that lie in the ring
+  int64_t columns = 0, wide = 0;
+  Inside down, right;  // steps of the kernel's rows and columns that meet the map
+  Lines memory, weights, waiting;
+  float *ring = nullptr, *taps = nullptr, *sums = nullptr;
+  std::vector<const float*> rows;
+};
+
+inline int64_t depthwise_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// Threads: OpenMP's. A task is a band of rows, a strip of columns and, without a norm, a vector of channels.
+template <class T, Activation A, bool Norm>
+void depthwise(const DepthwiseShape& s, const DepthwiseTensors<T>& t) {
+  const bool shares = s.y.stride == 1;
+  const int64_t group = shares ? std::min<int64_t>(kTileRows, s.y.kernel) * s.y.dilation : 1;
+  const int64_t blocks = Norm ? 1 : (s.channels + kWidth - 1) / kWidth;
+  // Strips so narrow that the ring stays in the first-level cache, but no narrower than what the kernel reaches over.
+  const int64_t reach = (s.x.kernel - 1) * s.x.dilation, ring = (s.y.kernel - 1) * s.y.dilation + group * s.y.stride;
+  const int64_t fit = kRingFloats / (ring * kWidth) - reach;
+  const int64_t most = std::max<int64_t>(std::max<int64_t>(4 * kTileColumns, 4 * reach), fit) / s.x.stride + 1;
+  const int64_t strips = (s.x.out + most - 1) / most, strip = (s.x.out + strips - 1) / strips;
+  int64_t bands = 1;
+  if (Norm) bands = (s.y.out * strip * s.channels + kNormFloats - 1) / kNormFloats;
+  const int64_t tasks_wanted = depthwise_threads() > 1 ? kDepthwiseTasks * depthwise_threads() : 1;
+  const int64_t others = std::max<int64_t>(1, s.batch * strips * blocks);
+  bands = std::max(bands, std::min((tasks_wanted + others - 1) / others, s.y.out / (kLeastBand * group)));
+  const int64_t rows = ((s.y.out + bands - 1) / std::max<int64_t>(bands, 1) + group - 1) / group * group;
+  bands = (s.y.out + rows - 1) / rows;
+  const int64_t tasks = s.batch * bands * strips * blocks;
+  const int64_t work = s.batch * s.channels * s.y.out * s.x.out * s.y.kernel * s.x.kernel;
+#pragma omp parallel if (work > kDepthwiseThreads && tasks > 1)
+  {
+    Depthwise<T, A, Norm> mine(s, t);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t block = task % blocks, column = task / blocks % strips * strip;
+      const int64_t row = task / blocks / strips % bands * rows, b = task / blocks / strips / bands;
+      const DepthwisePart part{b, row, std::min(row + rows, s.y.out), column, std::min(column + strip, s.x.out)};
+      if (part.left >= part.right) continue;
+      if constexpr (Norm) {
+        mine.run_with_norm(part);
+      } else {
+        mine.run(part, block * kWidth);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace compiled_attn_cpp
+
+#endif
