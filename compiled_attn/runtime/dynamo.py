@@ -125,9 +125,11 @@ def compile_flat(
     flat = flat_module(lowered, inside=False)
     _torch.carry_dynamo_marks(module, flat)
     constants = constant_arguments(lowered)
+    front = [n.meta["val"] for n in flat.graph.find_nodes(op="placeholder")[: len(constants)]]
     options = lower.inductor_config(target, lowered)
     options.pop("freezing", None)  # parameters are inputs here, and may change between calls
-    compiled = _torch.compile_fx(flat, [*constants, *example_inputs], options)
+    # constants go in as their fakes, of fixed size: real ones would get symbols, which no guard of Dynamo's can name
+    compiled = _torch.compile_fx(flat, [*front, *example_inputs], options)
     return (lambda *args: compiled(*constants, *args)) if constants else compiled
 
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -78,13 +79,16 @@ def inductor_config(target: Target, program: Program) -> dict[str, Any]:
     """Inductor's options for a lowered program.
 
     Weights that the program owns are frozen in inference, so that oneDNN packs them. Threads are asked for when the
-    code runs, not when it is built. A CPU target other than this machine's own sets what the compiler may use.
+    code runs, not when it is built; where only one thread builds, Inductor is told of two, for it would leave out what
+    keeps a scalar's update to one thread of the several that may run it later. A CPU target other than this machine's
+    own sets what the compiler may use.
     """
     options: dict[str, Any] = {}
     if program.mode == "inference" and (program.state or program.constants):
         options["freezing"] = True
     if target.kind == "cpu":
         options["cpp.dynamic_threads"] = True
+        options["cpp.threads"] = max(2, torch.get_num_threads())
         options["aot_inductor.compile_wrapper_opt_level"] = "O0"  # it only calls kernels; optimising it costs seconds
         if targets.load("cpu").march != target.march:
             options.update(_torch.cpu_options(target.march, target.vector_bits))

@@ -51,6 +51,15 @@ def traced(function, *args, dynamic: bool | None = None) -> list[Program]:
     return found
 
 
+@pytest.fixture
+def one_thread():
+    """One thread when the test begins, and what it was before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_a_model_with_a_graph_break_equals_eager_and_has_its_attention_raised():
     net = Net(broken=True).eval()
     fast = torch.compile(net, backend="compiled_attn")
@@ -177,6 +186,24 @@ def test_a_mutated_input_is_written_in_place():
     assert out.tolist() == [3.0, 3.0, 3.0]
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_scalar_is_updated_once_where_more_threads_run_the_code_than_built_it():
+    """Inductor alone, told to ask for threads when it runs, lets each thread update it (torch 2.13)."""
+
+    def count(x, state):
+        state.add_(x.sum())
+        return x * state
+
+    fast = torch.compile(count, backend="compiled_attn")
+    with torch.no_grad():
+        fast(torch.ones(7), torch.zeros(()))
+        torch.set_num_threads(4)
+        for _ in range(50):
+            state = torch.zeros(())
+            fast(torch.ones(7), state)
+            assert state.item() == 7.0
+
+
 def test_a_constant_of_the_graph_is_kept():
     def shifted(x):
         return x + torch.tensor([1.0, 2.0, 3.0])
@@ -189,6 +216,25 @@ def test_a_constant_of_the_graph_is_kept():
 def view_of_written(x):
     x.add_(1)
     return x.view(-1)
+
+
+class Positions(torch.nn.Module):
+    """Adds a table that is computed anew in every call, from nothing that the call brings but its batch."""
+
+    def forward(self, x):
+        rows, columns, channels = torch.arange(1.0, 4.0), torch.arange(1.0, 4.0), torch.arange(1.0, 33.0)
+        table = (rows[:, None] * columns / channels[:, None, None]).sin()
+        return x + table.repeat(x.shape[0], 1, 1, 1).reshape(x.shape[0], -1, 9).permute(0, 2, 1)
+
+
+def test_a_folded_table_keeps_its_fixed_size_beside_a_dynamic_batch():
+    fast, model = torch.compile(Positions(), backend="compiled_attn"), Positions()
+    with torch.no_grad():
+        for batch in (2, 5):
+            x = torch.randn(batch, 9, 32)
+            torch._dynamo.mark_dynamic(x, 0)
+            assert worst(fast(x), model(x)) < TOLERANCE
+    assert any(spec.startswith("made_") for spec in dynamo.reports()[-1].program.constants)
 
 
 def test_a_graph_that_no_program_expresses_goes_on_unchanged_and_says_why():
