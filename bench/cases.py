@@ -62,7 +62,9 @@ def build(case: Case) -> tuple[nn.Module, torch.Tensor]:
 
 def _timm(name: str) -> tuple[nn.Module, int, int]:
     try:
-        import timm
+        import tests.torchvision_shim  # noqa: F401
+
+        import timm  # isort: skip
     except Exception as error:  # absent, or its torchvision was built for another torch
         raise SystemExit(f"timm:{name} needs timm, which can not be imported here: {error}") from error
     model = timm.create_model(name)
