@@ -7,6 +7,7 @@ from compiled_attn.passes.cast_boundary import CastBoundary
 from compiled_attn.passes.drop_open_masks import DropOpenMasks
 from compiled_attn.passes.fold_batch_norm import FoldBatchNorm
 from compiled_attn.passes.fold_constants import FoldConstants
+from compiled_attn.passes.prune_tokens import PruneTokens
 from compiled_attn.passes.raise_attention import RaiseAttention
 from compiled_attn.passes.reorganize_tokens import ReorganizeTokens
 
@@ -18,6 +19,7 @@ __all__ = [
     "FoldConstants",
     "Pass",
     "PassRecord",
+    "PruneTokens",
     "RaiseAttention",
     "ReorganizeTokens",
     "run_passes",

@@ -348,6 +348,8 @@ def merge(f: Follow, node: fx.Node, operands: list[Any], rank: int) -> Tags:
 def stronger(node: fx.Node, a: Dim, b: Dim) -> Dim:
     left, right = tokens_in(a), tokens_in(b)
     if left is None and right is None:
+        if batch_in(a) and batch_in(b):
+            return b if any(p.role == "packed" for p in b) else a
         if batch_in(a) != batch_in(b):
             tagged, other = (a, b) if batch_in(a) else (b, a)
             return tagged if not same(product([p.size for p in tagged]), 1) or same_size(other, 1) else other

@@ -27,12 +27,13 @@ from torch.utils import _pytree as pytree
 
 from compiled_attn.ir import _torch
 from compiled_attn.ir.errors import PassError
-from compiled_attn.ir.notes import Notes, place, user_line
+from compiled_attn.ir.notes import Notes, place
 from compiled_attn.ir.op import NAMESPACE
 from compiled_attn.ir.program import Edit, Program
 from compiled_attn.passes.follow import END, Follow, Lost, Stage, tokens_in
-from compiled_attn.passes.token_scores import SCORES, Cursor, attention_score, token_norms
-from compiled_attn.passes.trunk import Block, Trunk, depends, find_trunk, sources_of, user_inputs
+from compiled_attn.passes.token_scores import Cursor, attention_score, token_norms
+from compiled_attn.passes.token_stages import check_dense, check_score, checked_trunk, refusal
+from compiled_attn.passes.trunk import Block, depends, find_trunk, sources_of, user_inputs
 
 if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
@@ -82,10 +83,7 @@ class ReorganizeTokens:
                 facts="blocks are counted from 0, in rising order, with one rate for all or one for each",
                 do="for example at=(3, 6, 9), keep_rate=(0.7, 0.7, 0.5)",
             )
-        if self.score not in SCORES:
-            raise PassError(
-                f"unknown score {self.score!r}", facts=f"scores are {', '.join(SCORES)}", do="choose one of them"
-            )
+        check_score(self.score)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -95,8 +93,8 @@ class ReorganizeTokens:
     def run(self, program: Program, target: Target, notes: Notes) -> Program:
         del target
         edit = program.edit()
-        self._check_dense(edit)
-        trunk = self._checked(find_trunk(program, edit.graph, edit, self.prefix))
+        check_dense(self, edit)
+        trunk = checked_trunk(self, find_trunk(program, edit.graph, edit, self.prefix))
         first = trunk.blocks[0].before
         data = depends(edit.graph, user_inputs(program, edit.graph) & (sources_of(first) | {first}))
         follow = Follow(edit, data)
@@ -118,56 +116,8 @@ class ReorganizeTokens:
                     self._select(follow, block, scores[block.attention], rates[block.attention], notes)
         except Lost as lost:
             notes.miss(lost.node, self.name, lost.because)
-            raise self._refusal(lost) from lost
+            raise refusal(self, lost) from lost
         return edit.finish(self.name) if follow.stages else program
-
-    def _check_dense(self, edit: Edit) -> None:
-        op = getattr(torch.ops, NAMESPACE).select_tokens.default
-        found = next((n for n in edit.graph.nodes if n.op == "call_function" and n.target is op), None)
-        if found is not None:
-            raise PassError(
-                f"{self.name} meets a program whose tokens are reorganized already",
-                where=place(found),
-                facts="stages are counted along one dense trunk",
-                do="give all stages to one pass: at=(3, 6, 9), keep_rate=(0.7, 0.7, 0.5)",
-            )
-
-    def _checked(self, trunk: Trunk | None) -> Trunk:
-        if trunk is None:
-            raise PassError(
-                f"{self.name} finds no self-attention over tokens [B, N, C] in this program",
-                facts="it looks for scaled_dot_product_attention whose queries, keys and values are made of one "
-                "residual stream of tokens; windows, maps of rows and columns, and attention not raised are none",
-                do="run raise-attention before, and read its misses",
-            )
-        count = len(trunk.blocks)
-        if max(self.at, default=-1) >= count:
-            raise PassError(
-                f"{self.name} has no block {max(self.at)}",
-                where=place(trunk.blocks[-1].attention),
-                facts=f"at={self.at}, and the program has {count} self-attention blocks, counted from 0",
-                do=f"choose blocks below {count}",
-            )
-        if self.score == "class" and trunk.tokens.before == 0:
-            raise PassError(
-                f"{self.name} finds no class token",
-                where=place(trunk.blocks[0].before),
-                facts='score="class" ranks patches by the attention of the first token, and every token in front '
-                "depends on the picture",
-                do='choose score="mean-query", "key-norm" or "token-norm", or say how many tokens stand in front '
-                "(prefix=)",
-            )
-        return trunk
-
-    def _refusal(self, lost: Lost) -> PassError:
-        node = lost.node
-        path = place(node)
-        return PassError(
-            f"{self.name} can not follow the tokens through {path}",
-            where="; ".join(p for p in (user_line(node), str(node.format_node())) if p),
-            facts=lost.because,
-            do="reorganize only behind the blocks whose tokens are read elsewhere (at=), or leave the pass out",
-        )
 
     def _keeps_fewer(self, follow: Follow, attention: fx.Node, rate: float, notes: Notes) -> bool:
         """Whether a stage drops anything; where the number of patches is fixed and all stay, it is a miss."""
