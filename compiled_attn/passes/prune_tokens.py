@@ -214,7 +214,9 @@ class PruneTokens:
         if present is not None:
             keep = here(aten.logical_and.default, keep, present)
         kinds = {"dtype": torch.bool, "device": keep.meta["val"].device}
-        fixed = [here(aten.full.default, [here.size(keep, 0), n], True, **kinds) if n else None for n in (front, behind)]
+        fixed = [
+            here(aten.full.default, [here.size(keep, 0), n], True, **kinds) if n else None for n in (front, behind)
+        ]
         return here(aten.cat.default, [part for part in (fixed[0], keep, fixed[1]) if part is not None], 1)
 
 

@@ -42,12 +42,17 @@ def register() -> None:
 def lower(program: Program, target: Target, notes: Notes, *, strict: bool = False) -> Program:
     """The program that Inductor is given; the same object where every op stays.
 
-    An op that no template accepts becomes its decomposition, with a miss in `notes`; with `strict`, a LowerError.
+    An op that no template accepts becomes its decomposition, with a miss in `notes`; with `strict`, a LowerError. The
+    few ops of registry.PLAIN always become theirs.
     """
     replaced: list[tuple[fx.Node, Callable[..., Any]]] = []
     for node in program.graph.nodes:
         op = op_of(node.target) if node.op == "call_function" else None
         if op is None:
+            continue
+        if op.name in registry.PLAIN:
+            notes.did(node, op.name, "decomposition", registry.PLAIN[op.name])
+            replaced.append((node, op.decomposition))
             continue
         args, kwargs = values_of(node)
         template, misses = registry.choose(op.name, args, kwargs, target)

@@ -45,6 +45,13 @@ CPP_LOWERINGS: dict[str, Callable[..., Any]] = {
 }
 
 
+# Ops that have no template because their decomposition is what one would do; `strict` does not ask for one.
+PLAIN: dict[str, str] = {
+    "pack_tokens": "its size is known only once the kept tokens are counted: nonzero, then a gather",
+    "unpack_tokens": "one copy of rows to their places",
+}
+
+
 def choose(
     op: str, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
 ) -> tuple[Template | None, list[tuple[str, str]]]:
