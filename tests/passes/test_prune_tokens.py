@@ -17,8 +17,8 @@ from test_reorganize_tokens import capture_raised, poolers, raised, stock, tenso
 from compiled_attn.ir.errors import PassError
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.verify import verify
-from compiled_attn.passes.base import run_passes
 from compiled_attn.passes import pipelines
+from compiled_attn.passes.base import run_passes
 from compiled_attn.passes.prune_tokens import PruneTokens, with_kept_masks
 from compiled_attn.passes.reorganize_tokens import ReorganizeTokens
 from compiled_attn.runtime.capture import capture
@@ -142,7 +142,7 @@ def test_the_same_program_gives_the_same_text_up_to_the_number_of_its_size():
 )
 def test_what_can_not_be_followed_is_a_miss_that_names_the_node(name, because):
     notes = Notes()
-    with pytest.raises(PassError, match="can not follow the tokens through .*blocks.1") as error:
+    with pytest.raises(PassError, match=r"can not follow the tokens through .*blocks\.1") as error:
         prune(raised(name), notes, mass=0.9, at=(0,))
     (miss,) = notes.misses
     assert re.search(because, miss.because) and miss.because == error.value.facts

@@ -1,4 +1,4 @@
-"""Pruned models by every road, with batches whose counts differ from those at capture: all equal the rule in eager mode.
+"""Pruned models by every road, with batches whose counts differ from those at capture: all equal the rule in PyTorch.
 
 Small networks go in the ordinary run; stock models in their published size, bfloat16 and the rest are deep.
 """
