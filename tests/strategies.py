@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cache_strategies
 import depthwise_strategies
 import local_strategies
 import ragged_strategies
@@ -264,6 +265,9 @@ INPUTS: dict[str, list[Inputs]] = {
     "pack_tokens": [Inputs(name, spec.tensors, {}) for name, spec in ragged_strategies.PACK.items()],
     "unpack_tokens": [Inputs(name, spec.packed, {}) for name, spec in ragged_strategies.PACK.items()],
     "ragged_attention": [Inputs(name, spec.make, spec.options) for name, spec in ragged_strategies.ATTENTION.items()],
+    "cache_append": [Inputs(name, spec.appending, {}) for name, spec in cache_strategies.APPEND.items()],
+    "cache_evict": [Inputs(name, spec.evicting, {}) for name, spec in cache_strategies.EVICT.items()],
+    "cached_attention": [Inputs(n, spec.attention, spec.options) for n, spec in cache_strategies.ATTENTION.items()],
 }
 
 
@@ -321,4 +325,5 @@ BAD_INPUTS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "local_attention": local_strategies.BAD,
     "depthwise_block": depthwise_strategies.BAD,
     **ragged_strategies.BAD,
+    **cache_strategies.BAD,
 }

@@ -2,6 +2,7 @@
 
 from compiled_attn.ir.op import OPS, Op
 from compiled_attn.ops.attention import attention, attention_with_class_row
+from compiled_attn.ops.cache import cache_append, cache_evict, cached_attention
 from compiled_attn.ops.depthwise import depthwise_block
 from compiled_attn.ops.linear import packed_linear
 from compiled_attn.ops.local import local_attention
@@ -13,6 +14,9 @@ __all__ = [
     "Op",
     "attention",
     "attention_with_class_row",
+    "cache_append",
+    "cache_evict",
+    "cached_attention",
     "depthwise_block",
     "local_attention",
     "pack_tokens",

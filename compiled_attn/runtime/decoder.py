@@ -1,0 +1,88 @@
+"""A stock decoder of transformers as a step whose caches are arguments: what `EvictKV` and generation start from.
+
+    logits = Step(model, capacity)(tokens [B, T], positions [B, T], state)     state: {"keys", "values", "seen"}
+
+Caches are full static ones, [B, G, capacity, D] a layer, and the step writes into them: no module keeps a conversation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiled_attn.ir.errors import CaptureError
+
+State = dict[str, Any]
+
+
+class Step(nn.Module):
+    """Tokens [B, T] at positions [B, T] (-1: none, a place filled up) to logits [B, T, vocabulary], or the last ones.
+
+    state: keys and values, lists of [B, G, capacity, D] a layer, and `seen` [], how many tokens came before; all are
+    written into. last: only the logits of the last token, [B, 1, vocabulary].
+    """
+
+    def __init__(self, model: nn.Module, capacity: int, *, last: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.capacity = capacity
+        self.last = last
+        self.shapes = cache_shapes(model)
+
+    def forward(self, tokens: Tensor, positions: Tensor, state: State) -> Tensor:
+        cache = self._cache(state)
+        out = self.model(
+            input_ids=tokens,
+            position_ids=positions.clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 if self.last else 0,
+        )
+        state["seen"].add_(tokens.shape[1])
+        return out.logits
+
+    def fresh(self, batch: int) -> State:
+        """Empty caches for `batch` conversations."""
+        weight = next(self.model.parameters())
+
+        def empty(width: int, heads: int) -> Tensor:
+            return torch.zeros(batch, heads, self.capacity, width, dtype=weight.dtype, device=weight.device)
+
+        return {
+            "keys": [empty(key, heads) for heads, key, _ in self.shapes],
+            "values": [empty(value, heads) for heads, _, value in self.shapes],
+            "seen": torch.zeros((), dtype=torch.int64, device=weight.device),
+        }
+
+    def _cache(self, state: State) -> Any:
+        """transformers' cache of full static layers, over the tensors of the state."""
+        from transformers.cache_utils import Cache, StaticLayer
+
+        layers = []
+        for keys, values in zip(state["keys"], state["values"], strict=True):
+            layer = StaticLayer(self.capacity)
+            layer.keys, layer.values = keys, values
+            layer.cumulative_length = state["seen"].clone()
+            layer.dtype, layer.device = keys.dtype, keys.device
+            layer.batch_size, layer.num_heads = keys.shape[:2]
+            layer.k_head_dim, layer.v_head_dim = keys.shape[3], values.shape[3]
+            layer.is_initialized = True
+            layers.append(layer)
+        return Cache(layers=layers)
+
+
+def cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
+    """Key heads, key width and value width of every layer, from transformers' configuration."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "num_hidden_layers"):
+        raise CaptureError(
+            f"{type(model).__name__} is no decoder of transformers",
+            facts="its caches are built from config.num_hidden_layers and its heads, and there is no such config",
+            do="capture a step of your own whose caches are arguments, and give it to EvictKV",
+        )
+    config = config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return [(getattr(config, "num_key_value_heads", None) or heads, width, width)] * config.num_hidden_layers
