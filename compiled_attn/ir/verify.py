@@ -119,8 +119,10 @@ def _is_symbol(node: fx.Node) -> bool:
 
 def _symbols(before: Program, program: Program, after: str) -> None:
     pinned = _torch.specialised(program.shape_env)
-    for old, new in zip(before.inputs, program.inputs, strict=True):
-        if not isinstance(old.meta["val"], torch.Tensor):
+    after_by_name = {n.name: n for n in program.inputs}
+    for old in before.inputs:
+        new = after_by_name.get(old.name)
+        if new is None or not isinstance(old.meta["val"], torch.Tensor):
             continue
         for i, (x, y) in enumerate(zip(old.meta["val"].shape, new.meta["val"].shape, strict=True)):
             declared, now = _torch.declared(x), _torch.expression(y)

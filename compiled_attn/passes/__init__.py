@@ -5,6 +5,7 @@ from compiled_attn.passes.base import Pass, PassRecord, run_passes
 from compiled_attn.passes.canonicalize import Canonicalize
 from compiled_attn.passes.cast_boundary import CastBoundary
 from compiled_attn.passes.drop_open_masks import DropOpenMasks
+from compiled_attn.passes.evict_kv import EvictKV
 from compiled_attn.passes.fold_batch_norm import FoldBatchNorm
 from compiled_attn.passes.fold_constants import FoldConstants
 from compiled_attn.passes.prune_tokens import PruneTokens
@@ -15,6 +16,7 @@ __all__ = [
     "Canonicalize",
     "CastBoundary",
     "DropOpenMasks",
+    "EvictKV",
     "FoldBatchNorm",
     "FoldConstants",
     "Pass",

@@ -95,13 +95,17 @@ def run_passes(
 
 
 def difference(before: Program, after: Program) -> float:
-    """Largest difference of the outputs on the example inputs, relative to the largest output of `before`."""
-    args, kwargs = before.example_inputs
+    """Largest difference of the outputs on each program's example inputs, relative to the largest output of `before`.
+
+    The two are the same inputs, but for a state that a pass gave another shape.
+    """
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        old = pytree.tree_leaves(before(*_clone(args), **_clone(kwargs)))
-        torch.manual_seed(0)
-        new = pytree.tree_leaves(after(*_clone(args), **_clone(kwargs)))
+        outputs = []
+        for program in (before, after):
+            args, kwargs = program.example_inputs
+            torch.manual_seed(0)
+            outputs.append(pytree.tree_leaves(program(*_clone(args), **_clone(kwargs))))
+        old, new = outputs
     worst = 0.0
     for a, b in zip(old, new, strict=True):
         if isinstance(a, torch.Tensor) and a.numel():
