@@ -5,7 +5,6 @@ value width. `positions` [B, G, S] int64 say which token of the text a slot hold
 own tokens, and their order in memory means nothing. `at` [B, G, T] says which slot a new row goes to, -1 to none.
 """
 
-
 import torch
 
 from compiled_attn.ir.errors import OpError

@@ -15,7 +15,7 @@ Never does: change a program one of whose attentions over a cache it can not rew
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,7 +30,7 @@ from compiled_attn.ir.program import PROVENANCE, Edit, Program
 from compiled_attn.passes.evict_match import SDPA, CachedLayer, Unlike, cached_layer
 from compiled_attn.passes.evict_policies import Policy, SinkAndRecent
 from compiled_attn.passes.evict_step import Layer, New, Rule, decode, prompt
-from compiled_attn.passes.evict_turn import turns_of
+from compiled_attn.passes.evict_turn import Turn, turns_of, with_values
 
 if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
@@ -48,7 +48,7 @@ class EvictKV:
     The program must hold one token a call (a decode step, written in place), or any number (a prompt).
     """
 
-    policy: Policy = SinkAndRecent()
+    policy: Policy = field(default_factory=SinkAndRecent)
     budget: int | tuple[int, ...] = 512
     positions: str | None = None
 
@@ -119,27 +119,27 @@ class EvictKV:
 
     def _rewrite(self, edit: Edit, state: _State, number: int, layer: CachedLayer, budget: int) -> None:
         """Puts the traced step in the attention's place, and its new state in that of the cache writes."""
-        queries = layer.attention.args[0]
         rule = Rule(self.policy, budget, layer.scale, layer.window)
-        keys: fx.Node = layer.keys
+        queries: Any = layer.attention.args[0]
+        keys = layer.keys
+        turns: list[tuple[str, Turn]] = []
         free: list[fx.Node] = []
         if self.policy.turns_by_place:
-            source = self._positions_argument(edit, layer)
-            (turn_query, queries, more), (turn_key, keys, others) = (
-                turns_of(node, source, _inputs(edit)) for node in (queries, keys)
-            )
-            free = [*dict.fromkeys([*more, *others])]
-            rule = replace(rule, turn_query=turn_query, turn_key=turn_key)
-        new = (queries, keys, layer.values, self._positions_node(edit, layer))
-        old = state.of(number)
+            source, inputs = self._positions_argument(edit, layer), {n.name for n in edit.program.inputs}
+            turn, queries, free = turns_of(queries, source, inputs)
+            turns.append(("turn_query", turn))
+            turn, keys, more = turns_of(keys, source, inputs)
+            turns.append(("turn_key", turn))
+            free = list(dict.fromkeys([*free, *more]))
+        new, old = (queries, keys, layer.values, self._positions_node(edit, layer)), state.of(number)
         count = layer.keys.meta["val"].shape[2]
         step = decode if isinstance(count, int) and count == 1 else prompt
 
         def function(*values: Any) -> Any:
-            rest = dict(zip(free, values[4 + len(old) :], strict=True))
-            now = rule if not free else replace(rule, **{k: _bound(getattr(rule, k), rest) for k in TURNS})
-            caches = Layer(*values[4 : 4 + len(old)], *([None] * (4 - len(old))))
-            out, after = step(caches, New(*values[:4]), now)
+            tensors, rest = values[: 4 + len(old)], dict(zip(free, values[4 + len(old) :], strict=True))
+            bound: dict[str, Any] = {name: with_values(turn, rest) for name, turn in turns}
+            caches = Layer(*tensors[4:], *([None] * (8 - len(tensors))))
+            out, after = step(caches, New(*tensors[:4]), replace(rule, **bound))
             return (out, *(t for t in after if t is not None))
 
         out, *after = insert(edit, layer.attention, function, [*new, *old, *free])
@@ -149,7 +149,7 @@ class EvictKV:
     def _positions_argument(self, edit: Edit, layer: CachedLayer) -> fx.Node:
         node = next((n for n in edit.graph.nodes if n.op == "placeholder" and n.name == self.positions), None)
         if node is None or node.meta["val"].dtype != torch.int64 or node.meta["val"].dim() != 2:
-            names = [n.name for n in edit.graph.nodes if n.op == "placeholder" and n.name in _inputs(edit)]
+            names = [n.name for n in edit.program.inputs]
             raise PassError(
                 f"{self.name} needs an argument with the positions of the new tokens",
                 where=place(layer.attention),
@@ -169,17 +169,6 @@ class EvictKV:
         return insert(edit, layer.attention, function, [layer.index, layer.keys])[0]
 
 
-TURNS = ("turn_query", "turn_key")
-
-
-def _bound(turn: Any, values: dict[fx.Node, Any]) -> Any:
-    return lambda heads, places: turn(heads, places, values)
-
-
-def _inputs(edit: Edit) -> set[str]:
-    return {n.name for n in edit.program.inputs}
-
-
 def insert(edit: Edit, before: fx.Node, function: Any, nodes: Sequence[Any]) -> list[fx.Node]:
     """The ATen graph of `function` on the nodes' values, in front of `before`; the nodes of the tuple that it gives."""
     traced = _torch.trace(function, tuple(n.meta["val"] for n in nodes), edit.program.fake_mode)
@@ -193,7 +182,8 @@ def insert(edit: Edit, before: fx.Node, function: Any, nodes: Sequence[Any]) -> 
                 table[inner] = new
             elif inner.op == "get_attr":
                 table[inner] = edit.constant(f"{before.name}_{inner.target}", getattr(traced, inner.target))
-    return [table[n] for n in traced.graph.output_node().args[0]]
+    given: Any = traced.graph.output_node().args[0]
+    return [table[n] for n in given]
 
 
 class _State:
@@ -242,16 +232,15 @@ class _State:
         added = [n for made in self.new.values() for n in made]
         output = next(n for n in edit.graph.nodes if n.op == "output")
         specs = list(program.signature.output_specs)
-        mutations = sum(s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION) for s in specs)
+        kind = OutputKind.USER_INPUT_MUTATION
+        mutations = sum(s.kind in (OutputKind.BUFFER_MUTATION, kind) for s in specs)
         renamed = {n.name: n for n in self.after}
+        given: Any = output.args[0]
         values = [
-            self.after[renamed[s.target]]
-            if s.kind == OutputKind.USER_INPUT_MUTATION and s.target in renamed
-            else value
-            for s, value in zip(specs, output.args[0], strict=True)  # type: ignore[arg-type]
+            self.after[renamed[s.target]] if s.target in renamed and s.kind == kind else value
+            for s, value in zip(specs, given, strict=True)
         ]
         values[mutations:mutations] = [self.after[n] for n in added]
-        kind = OutputKind.USER_INPUT_MUTATION
         specs[mutations:mutations] = [OutputSpec(kind, TensorArgument(self.after[n].name), n.name) for n in added]
         output.args = (tuple(values),)
         inputs = [InputSpec(InputKind.USER_INPUT, TensorArgument(n.name), None) for n in added]

@@ -107,9 +107,9 @@ def _written(graph: fx.Graph, node: fx.Node) -> fx.Node:
         raise Unlike(f"{node.name} is no index_copy into dimension 2 of a cache")
     output = next(n for n in graph.nodes if n.op == "output")
     cache: Any = node.args[0]
-    if cache.op != "placeholder" or node not in output.args[0]:  # type: ignore[operator]
+    if cache.op != "placeholder" or node not in output.all_input_nodes:
         raise Unlike(f"{node.name} does not write into an argument")
-    if len(cache.users) != 1:
+    if any(user is not node and user.target is not aten.sym_size.int for user in cache.users):
         raise Unlike(f"the cache {cache.name} is read by others too")
     return node
 
@@ -186,9 +186,7 @@ def evaluate(node: fx.Node, known: Mapping[fx.Node, Any], leaf: Callable[[fx.Nod
 
     def of(node: fx.Node) -> Any:
         if node not in values:
-            if node.op == "placeholder":
-                values[node] = leaf(node)
-            elif node.target is aten.sym_size.int:
+            if node.op == "placeholder" or node.target is aten.sym_size.int:
                 values[node] = leaf(node)
             else:
                 for source in node.all_input_nodes:

@@ -12,7 +12,7 @@ step. What it remembers is one number a slot. All are functions of tensors that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -184,10 +184,17 @@ class SnapKV(Policy):
         if not slots.new:
             return known(slots.scores)
         kept = slots.positions.shape[2] - slots.new
-        mass = known(slots.mass).float().masked_fill(slots.positions > slots.newest - self.window, 0.0)
+        inside = slots.positions > slots.newest - self.window
+        mass = known(slots.mass).masked_fill(inside, 0.0)
         old, fresh = mass.narrow(2, 0, kept), mass.narrow(2, kept, slots.new)
-        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        return torch.cat([old, pool(fresh, self.kernel, stride=1, padding=self.kernel // 2)], 2)
+        return torch.cat([old, self._smoothed(fresh)], 2).masked_fill(inside, 0.0)
+
+    def _smoothed(self, mass: Tensor) -> Tensor:
+        """[B, G, T], over `kernel` neighbours; zeros stand outside, which no attention is below."""
+        reach = self.kernel // 2
+        wide = F.pad(mass, (reach, reach))
+        near = torch.stack([wide.narrow(2, i, mass.shape[2]) for i in range(self.kernel)])
+        return near.mean(0) if self.pooling == "avg" else near.amax(0)
 
     def priority(self, slots: Slots) -> Tensor:
         return protected(slots, known(slots.scores), recent=self.window)
@@ -210,7 +217,7 @@ class KeyNorm(Policy):
 class Protect(Policy):
     """Another policy, but the first `sinks` and the last `recent` tokens stay in any case."""
 
-    policy: Policy = SlidingWindow()
+    policy: Policy = field(default_factory=SlidingWindow)
     sinks: int = 4
     recent: int = 0
 

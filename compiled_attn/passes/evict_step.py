@@ -112,7 +112,7 @@ def _attend(layer: Layer, new: New, rule: Rule, count: int) -> tuple[Tensor, Slo
         window=rule.window,
         tail=policy.observes or 0,
     )
-    slots = slots._replace(mass=None if policy.observes is None else mass)
+    slots = slots._replace(mass=None if policy.observes is None else mass.float())
     return out, slots._replace(scores=policy.remember(slots)) if policy.remembers else slots
 
 

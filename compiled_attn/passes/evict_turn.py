@@ -1,7 +1,7 @@
 """The rotation of queries and keys by position, found in a graph as the part between raw heads and turned ones.
 
-    r = transpose(view(linear(x, w)))                    raw: the last value of that shape through which all passes
-    k = add(mul(r, cos(p)), mul(half_turned(r), sin(p)))  turned: reads, beside r, only values made of positions
+r = transpose(view(linear(x, w)))                    raw: the last value of that shape through which all passes
+k = add(mul(r, cos(p)), mul(half_turned(r), sin(p)))  turned: reads, beside r, only values made of positions
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ def turns_of(turned: Any, positions: fx.Node, inputs: Collection[str]) -> tuple[
         return out
 
     return turn, raw, free
+
+
+def with_values(turn: Turn, values: Mapping[fx.Node, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The rotation of heads by places, its constants given."""
+    return lambda heads, places: turn(heads, places, values)
 
 
 def _raw(turned: fx.Node, positions: fx.Node, inputs: Collection[str]) -> fx.Node | None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from compiled_attn.ir.errors import CaptureError
+from compiled_attn.ir.program import Program
+from compiled_attn.runtime.capture import capture
 
 State = dict[str, Any]
 
@@ -43,6 +45,10 @@ class Step(nn.Module):
         state["seen"].add_(tokens.shape[1])
         return out.logits
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def fresh(self, batch: int) -> State:
         """Empty caches for `batch` conversations."""
         weight = next(self.model.parameters())
@@ -60,7 +66,7 @@ class Step(nn.Module):
         """transformers' cache of full static layers, over the tensors of the state."""
         from transformers.cache_utils import Cache, StaticLayer
 
-        layers = []
+        layers: list[Any] = []
         for keys, values in zip(state["keys"], state["values"], strict=True):
             layer = StaticLayer(self.capacity)
             layer.keys, layer.values = keys, values
@@ -86,3 +92,30 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return [(getattr(config, "num_key_value_heads", None) or heads, width, width)] * config.num_hidden_layers
+
+
+def captured(model: nn.Module, capacity: int, *, prompt: bool, batch: int | None = None, last: bool = False) -> Program:
+    """A decoder of transformers as a Program: of a prompt of 1 to `capacity` tokens, or of a step of one token.
+
+    batch: texts at once, None: any number.  last: only the logits of the last token are given.
+    """
+    step = Step(model, capacity, last=last)
+    args, shapes = step_inputs(step, prompt=prompt, batch=batch)
+    return capture(step, args, dynamic_shapes=shapes)
+
+
+def step_inputs(step: Step, *, prompt: bool, batch: int | None = None) -> tuple[tuple[Any, ...], Any]:
+    """What `capture`, `compile` and `export` take: example arguments, and which of their dimensions vary."""
+    texts, count = batch or 2, min(3, step.capacity) if prompt else 1
+    tokens = torch.zeros(texts, count, dtype=torch.int64, device=step.device)
+    positions = torch.arange(count, device=step.device).expand(texts, count).clone()
+    first: dict[int, Any] = {} if batch else {0: "batch"}
+    second: dict[int, Any] = {1: torch.export.Dim("tokens", min=1, max=step.capacity)} if prompt else {}
+    caches = [first or None] * len(step.shapes)
+    given = first | second or None
+    shapes = {
+        "tokens": given,
+        "positions": given,
+        "state": {"keys": list(caches), "values": list(caches), "seen": None},
+    }
+    return (tokens, positions, step.fresh(texts)), (shapes if given else None)
