@@ -8,13 +8,28 @@ art = ca.export(model, (x,), path="m.pt2")  # an artifact that runs with no Pyth
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["capture", "compile", "doctor", "export", "load", "observe", "ops", "passes", "targets", "zoo"]
+__all__ = [
+    "capture",
+    "compile",
+    "decoder",
+    "doctor",
+    "export",
+    "generate",
+    "load",
+    "observe",
+    "ops",
+    "passes",
+    "targets",
+    "zoo",
+]
 
 _FUNCTIONS = {
     "capture": "compiled_attn.runtime.capture",
     "compile": "compiled_attn.runtime.compile",
+    "decoder": "compiled_attn.runtime.generate",
     "doctor": "compiled_attn.runtime.doctor",
     "export": "compiled_attn.runtime.export",
+    "generate": "compiled_attn.runtime.generate",
     "load": "compiled_attn.runtime.load",
     "observe": "compiled_attn.runtime.observe",
 }

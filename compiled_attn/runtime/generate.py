@@ -1,0 +1,277 @@
+"""Text from a decoder in fixed memory: prompts of any length in chunks, one token at a time, turn after turn.
+
+decoder = ca.decoder(model, policy=HeavyHitters(recent=128), budget=512)
+found = ca.generate(decoder, [[1, 5, 9]], max_new_tokens=64, stop=[2])
+more = ca.generate(decoder, [[7, 3]], conversation=found.conversation)      the next turn
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiled_attn.ir import _torch, targets
+from compiled_attn.ir.errors import CaptureError, ContractError
+from compiled_attn.ir.notes import Notes
+from compiled_attn.ir.program import Program
+from compiled_attn.passes.base import run_passes
+from compiled_attn.passes.evict_kv import EvictKV
+from compiled_attn.passes.evict_policies import Policy, SlidingWindow
+from compiled_attn.passes.pipelines import portable
+from compiled_attn.runtime import conversation as conversations
+from compiled_attn.runtime.capture import capture
+from compiled_attn.runtime.contract import Call, TensorSpec
+from compiled_attn.runtime.conversation import Conversation
+from compiled_attn.runtime.decoder import Step, step_inputs
+from compiled_attn.runtime.describe import call_of
+from compiled_attn.runtime.export import export
+from compiled_attn.runtime.load import load
+
+FILES = ("prompt.pt2", "step.pt2")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Two programs over one state: `prompt` takes 1 to `chunk` tokens a text, `step` one; both give the last logits.
+
+    (tokens [B, T], positions [B, T], state, slots=) -> logits [B, 1, vocabulary].
+    limit: longest text, where the caches hold all of it; None: they forget, and there is no end.
+    """
+
+    prompt: Callable[..., Tensor]
+    step: Callable[..., Tensor]
+    call: Call
+    chunk: int
+    device: torch.device
+    limit: int | None = None
+
+    def fresh(self, batch: int = 1) -> Conversation:
+        """A conversation of `batch` texts that has not begun."""
+        return conversations.fresh(self.call, batch, self.device)
+
+
+def decoder(
+    model: nn.Module,
+    *,
+    policy: Policy | None = None,
+    budget: int | tuple[int, ...] = 512,
+    chunk: int = 512,
+    batch: int | None = None,
+    compiled: bool = False,
+    target: str = "auto",
+) -> Decoder:
+    """A decoder of transformers, unchanged, whose caches keep `budget` tokens a key head under `policy`.
+
+    policy: None keeps all of a text, which may then be no longer than the budget.  chunk: most tokens of a prompt that
+    are read at once.  batch: texts at once, None: any number.  compiled: for `target`; otherwise the rewritten programs
+    run eagerly.  Raises CaptureError or PassError where the model is no decoder with a cache that can be rewritten.
+    """
+    limit = None if policy is not None else min((budget,) if isinstance(budget, int) else budget)
+    item = EvictKV(policy or SlidingWindow(), budget, positions="positions")
+    if compiled:
+        with tempfile.TemporaryDirectory(prefix="compiled_attn-") as folder:
+            export_decoder(model, folder, item=item, chunk=chunk, batch=batch, target=target)
+            found = load_decoder(folder)
+        return Decoder(found.prompt, found.step, found.call, found.chunk, found.device, limit)
+    step = Step(model, chunk, last=True)
+    prompt, one = (_eager(step, item, prompt=p, batch=batch) for p in (True, False))
+    return Decoder(_runner(prompt), _runner(one), call_of(one), chunk, step.device, limit)
+
+
+def export_decoder(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    item: EvictKV,
+    chunk: int = 512,
+    batch: int | None = None,
+    target: str = "auto",
+) -> tuple[Any, Any]:
+    """Writes the prompt's and the step's artifacts into a folder, `prompt.pt2` and `step.pt2`, for `load_decoder` and
+    the C++ runner. Both name their state, which the caller holds.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    step = Step(model, chunk, last=True)
+    made = []
+    for name, prompt in zip(FILES, (True, False), strict=True):
+        args, shapes = step_inputs(step, prompt=prompt, batch=batch)
+        made.append(export(step, args, path=folder / name, target=target, dynamic_shapes=shapes, passes=[item]))
+    return made[0], made[1]
+
+
+def load_decoder(folder: str | Path, *, device: str | None = None) -> Decoder:
+    """The decoder that `export_decoder` wrote. Raises ContractError as `load` does."""
+    prompt, step = (load(Path(folder) / name, device=device) for name in FILES)
+    tokens = next(i for i in prompt.contract.call.inputs if isinstance(i, TensorSpec))
+    size = tokens.shape[1]
+    longest = size if isinstance(size, int) else prompt.contract.call.symbols[str(size)].max
+    return Decoder(prompt, step, step.contract.call, longest or 1, step.device)
+
+
+def _eager(step: Step, item: EvictKV, *, prompt: bool, batch: int | None) -> Program:
+    args, shapes = step_inputs(step, prompt=prompt, batch=batch)
+    program = capture(step, args, dynamic_shapes=shapes)
+    return run_passes(program, portable([item]), targets.detect(), Notes())[0]
+
+
+def _runner(program: Program) -> Callable[..., Tensor]:
+    module = _torch.quiet_module(program.to_exported())
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = module(*args, **kwargs)
+        return found
+
+    return run
+
+
+@dataclass(frozen=True)
+class Generation:
+    """tokens: what was said, a text.  ended: why each stopped, "stop", "length" or "callback"."""
+
+    tokens: list[list[int]]
+    ended: list[str]
+    conversation: Conversation
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[int | Sequence[int]] = (),
+    on_token: Callable[[int, int], bool | None] | None = None,
+    conversation: Conversation | None = None,
+) -> Generation:
+    """Continues each prompt, token by token.
+
+    temperature: 0 takes the likeliest token, otherwise logits are divided by it and one is drawn, of the `top_k`
+    likeliest (0: all) and of the fewest whose probabilities reach `top_p`.  seed: of the draws, the same seed gives the
+    same texts.  stop: tokens, or sequences of tokens, behind which a text ends; they are part of what was said.
+    on_token: called with (text, token) for each; True ends that text.  conversation: goes on with it; else a fresh one.
+    Raises ContractError where prompts do not fit, or where a text outgrows a cache that keeps everything.
+    """
+    made = conversation if conversation is not None else decoder.fresh(len(prompts))
+    _check(decoder, prompts, made, max_new_tokens)
+    generator = torch.Generator(device=decoder.device)
+    if seed is not None:
+        generator.manual_seed(seed)
+    else:
+        generator.seed()
+    endings = [[s] if isinstance(s, int) else list(s) for s in stop]
+    logits = read(decoder, prompts, made)
+    said: list[list[int]] = [[] for _ in prompts]
+    ended = [""] * len(prompts)
+    for count in range(1, max_new_tokens + 1):
+        chosen = sample(logits, temperature, top_k, top_p, generator).tolist()
+        for text, token in enumerate(chosen):
+            if ended[text]:
+                continue
+            said[text].append(token)
+            made.pending[text].append(token)
+            if on_token is not None and on_token(text, token):
+                ended[text] = "callback"
+            elif any(said[text][-len(e) :] == e for e in endings):
+                ended[text] = "stop"
+            elif count == max_new_tokens:
+                ended[text] = "length"
+        if all(ended):
+            break
+        logits = _next(decoder, made, [not e for e in ended])
+    return Generation(said, ended, made)
+
+
+def read(decoder: Decoder, prompts: Sequence[Sequence[int]], made: Conversation) -> Tensor:
+    """Gives the prompts to the caches, behind what is pending, and returns the logits [B, vocabulary] of their ends.
+
+    Shorter ones are filled up in front, with tokens at position -1 that leave no trace.
+    """
+    texts = [[*before, *prompt] for before, prompt in zip(made.pending, prompts, strict=True)]
+    longest = max(map(len, texts))
+    tokens = torch.tensor([[0] * (longest - len(t)) + t for t in texts])
+    places = [[-1] * (longest - len(t)) + list(range(n, n + len(t))) for t, n in zip(texts, made.lengths, strict=True)]
+    positions = torch.tensor(places)
+    for begin in range(0, longest, decoder.chunk):
+        part = slice(begin, begin + decoder.chunk)
+        logits = _run(decoder.prompt, decoder, tokens[:, part], positions[:, part], made)
+    made.lengths = [n + len(t) for t, n in zip(texts, made.lengths, strict=True)]
+    made.pending = [[] for _ in texts]
+    return logits
+
+
+def _next(decoder: Decoder, made: Conversation, going: list[bool]) -> Tensor:
+    """One step of the texts that go on; the caches of the others stay as they are."""
+    tokens = torch.tensor([[p[0] if g else 0] for p, g in zip(made.pending, going, strict=True)])
+    positions = torch.tensor([[n if g else -1] for n, g in zip(made.lengths, going, strict=True)])
+    logits = _run(decoder.step, decoder, tokens, positions, made)
+    for text, goes in enumerate(going):
+        if goes:
+            made.lengths[text] += 1
+            made.pending[text] = []
+    return logits
+
+
+def _run(program: Any, decoder: Decoder, tokens: Tensor, positions: Tensor, made: Conversation) -> Tensor:
+    device = decoder.device
+    given = (tokens.contiguous().to(device), positions.contiguous().to(device))
+    logits: Tensor = program(*given, made.state, slots=made.slots)
+    return logits[:, -1]
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token a text, [B], of logits [B, vocabulary]."""
+    if temperature == 0:
+        return logits.argmax(1)
+    scores = logits.float() / temperature
+    order = scores.sort(dim=1, descending=True, stable=True)
+    probabilities = order.values.softmax(1)
+    before = probabilities.cumsum(1) - probabilities  # of all that are likelier
+    dropped = before >= top_p
+    if top_k:
+        dropped |= torch.arange(scores.shape[1], device=scores.device) >= top_k
+    dropped[:, 0] = False
+    drawn = torch.multinomial(probabilities.masked_fill(dropped, 0.0), 1, generator=generator)
+    return order.indices.gather(1, drawn).squeeze(1)
+
+
+def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], made: Conversation, count: int) -> None:
+    if not isinstance(decoder, Decoder):
+        raise CaptureError(
+            f"generate takes a decoder, not a {type(decoder).__name__}",
+            facts="a decoder holds the prompt's and the step's program, with caches of one size",
+            do="make one: compiled_attn.decoder(model, policy=..., budget=...)",
+        )
+    if len(prompts) != made.batch or not len(prompts):
+        raise ContractError(
+            "there is not one prompt for each text",
+            facts=f"{len(prompts)} prompts, and the conversation holds {made.batch} texts",
+            do="give one prompt for each text",
+        )
+    for text, prompt in enumerate(prompts):
+        if not len(prompt) and not made.pending[text]:
+            raise ContractError(
+                f"prompt {text} is empty",
+                facts="the first logits are those of its last token",
+                do="give 1 token or more",
+            )
+    if decoder.limit is not None:
+        longest = max(n + len(p) + len(t) for n, p, t in zip(made.lengths, made.pending, prompts, strict=True)) + max(
+            count - 1, 0
+        )
+        if longest > decoder.limit:
+            raise ContractError(
+                "a text would outgrow the cache",
+                facts=f"{longest} tokens, the cache keeps {decoder.limit} and no policy says what goes",
+                do="name a policy, or give a greater budget",
+            )
