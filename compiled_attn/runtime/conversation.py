@@ -108,7 +108,7 @@ def fresh(call: Call, batch: int, device: torch.device) -> Conversation:
         if not isinstance(spec, TensorSpec) or not spec.mutated:
             leaves.append(None)
             continue
-        shape = [batch if i == 0 and not isinstance(size, int) else size for i, size in enumerate(spec.shape)]
+        shape = [size if isinstance(size, int) else batch for size in spec.shape]
         if shape and shape[0] != batch:
             raise ContractError(
                 f"the decoder does not take {batch} texts",
