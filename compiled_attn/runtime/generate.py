@@ -162,6 +162,12 @@ def generate(
     on_token: called with (text, token) for each; True ends that text.  conversation: goes on with it; else a fresh one.
     Raises ContractError where prompts do not fit, or where a text outgrows a cache that keeps everything.
     """
+    if not isinstance(decoder, Decoder):
+        raise CaptureError(
+            f"generate takes a decoder, not a {type(decoder).__name__}",
+            facts="a decoder holds the prompt's and the step's program, with caches of one size",
+            do="make one: compiled_attn.decoder(model, policy=..., budget=...)",
+        )
     made = conversation if conversation is not None else decoder.fresh(len(prompts))
     _check(decoder, prompts, made, max_new_tokens)
     generator = torch.Generator(device=decoder.device)
@@ -246,12 +252,6 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 
 def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], made: Conversation, count: int) -> None:
-    if not isinstance(decoder, Decoder):
-        raise CaptureError(
-            f"generate takes a decoder, not a {type(decoder).__name__}",
-            facts="a decoder holds the prompt's and the step's program, with caches of one size",
-            do="make one: compiled_attn.decoder(model, policy=..., budget=...)",
-        )
     if len(prompts) != made.batch or not len(prompts):
         raise ContractError(
             "there is not one prompt for each text",

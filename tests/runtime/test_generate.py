@@ -103,7 +103,7 @@ def test_the_same_seed_draws_the_same_text_and_each_token_is_streamed():
     assert heard == [(0, t) for t in first.tokens[0]]
     assert ca.generate(decoder(), [prompt(5)], seed=3, **options).tokens == first.tokens
     assert any(ca.generate(decoder(), [prompt(5)], seed=s, **options).tokens != first.tokens for s in (4, 5))
-    ended = ca.generate(decoder(), [prompt(5)], seed=3, on_token=lambda t, n: True, **options)
+    ended = ca.generate(decoder(), [prompt(5)], seed=3, on_token=lambda *_: True, **options)
     assert ended.tokens == [first.tokens[0][:1]] and ended.ended == ["callback"]
 
 
