@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -140,3 +142,41 @@ def _output(graph: fx.Graph) -> fx.Node:
 def remade(program: Program) -> Program:
     """Renamed, split and reordered at once."""
     return renamed(split(reordered(program)))
+
+
+def rolled_back_wrong(program: Program) -> Program:
+    """The last roll brings elements back by one place less along the first axis."""
+    edit = program.edit()
+    last = [n for n in edit.graph.nodes if n.target is aten.roll.default][-1]
+    shifts = list(last.args[1])
+    last.args = (last.args[0], [shifts[0] - 1, *shifts[1:]], *last.args[2:])
+    return edit.finish("rolled back wrong")
+
+
+def bias_bent(program: Program) -> Program:
+    """The bias of one pair of tokens 0.1 larger in every attention."""
+    return _with_masks(program, aten.add.Tensor, lambda n, m, kind: 0.1 * _pair(n, m).to(kind))
+
+
+def mask_bent(program: Program) -> Program:
+    """One more pair of tokens hidden in every mask of booleans."""
+    return _with_masks(program, aten.logical_and.default, lambda n, m, _: ~_pair(n, m))
+
+
+def _pair(queries: int, keys: int) -> torch.Tensor:
+    """The second query and key: other pairs lie as far from each other."""
+    one = torch.zeros(queries, keys, dtype=torch.bool)
+    one[1, 1] = True
+    return one
+
+
+def _with_masks(program: Program, op: Any, make: Callable[[int, int, torch.dtype], torch.Tensor]) -> Program:
+    edit = program.edit()
+    for node in list(edit.graph.nodes):
+        if node.target is not aten.scaled_dot_product_attention.default or len(node.args) < 4 or node.args[3] is None:
+            continue
+        mask = node.args[3].meta["val"]
+        constant = edit.constant(f"{node.name}_bent", make(*mask.shape[-2:], mask.dtype))
+        with edit.graph.inserting_before(node):
+            node.args = (*node.args[:3], edit.call(op, (node.args[3], constant), like=node), *node.args[4:])
+    return edit.finish("masks bent")

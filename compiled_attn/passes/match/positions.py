@@ -121,22 +121,37 @@ class Numbering:
                 pending += fresh
             elif not self._zeros(current):
                 roots[current] = None
-        return next(iter(roots)) if len(roots) == 1 else None
+        return next(iter(roots)) if len(roots) == 1 else self._only(node, list(roots))
 
-    def run(self, node: fx.Node, known: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
-        """What `node` holds, from what the values in `known` hold; None where a size is unknown or does not fit."""
+    def _only(self, node: fx.Node, roots: list[fx.Node]) -> fx.Node | None:
+        """The one of several joined values that all of `node` comes from."""
+        shapes = [self.shape(r) if isinstance(r.meta.get("val"), torch.Tensor) else None for r in roots]
+        if any(s is None for s in shapes):
+            return None
+        sized = enumerate(zip(roots, shapes, strict=True), start=1)
+        found = self.run(node, {r: torch.full(s, float(i), dtype=torch.float64) for i, (r, s) in sized if s})
+        kinds = [] if found is None else found.unique().tolist()
+        real = [int(kind) for kind in kinds if kind]
+        return roots[real[0] - 1] if len(real) == 1 else None
+
+    def run(self, node: fx.Node, known: dict[fx.Node, torch.Tensor], *, alone: bool = False) -> torch.Tensor | None:
+        """What `node` holds, from what the values in `known` hold; None where a size is unknown or does not fit.
+
+        alone: values that are not known stand as zeros, where none of their elements come to `node`.
+        """
         memo: dict[fx.Node, Any] = dict(known)
-        found = self._moved(node, memo)
+        found = self._moved(node, memo, alone)
         return found if isinstance(found, torch.Tensor) else None
 
-    def _moved(self, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
+    def _moved(self, node: fx.Node, memo: dict[fx.Node, Any], alone: bool) -> Any:
         if node in memo:
             return memo[node]
         memo[node] = None
         if not moves(node):
-            memo[node] = self.constant(node)
+            shape = self.shape(node) if alone else None
+            memo[node] = self.constant(node) if shape is None else torch.zeros(shape, dtype=torch.float64)
             return memo[node]
-        values = {n: self._moved(n, memo) for n in moved(node)}
+        values = {n: self._moved(n, memo, alone) for n in moved(node)}
         if any(v is None for v in values.values()):
             return None
         values |= {n: self._known(n) for n in node.all_input_nodes if n not in values}

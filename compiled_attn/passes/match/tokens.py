@@ -136,7 +136,7 @@ def origin_of(node: fx.Node, numbering: Numbering) -> Origin | str:
         return f"a size of {root.name} is symbolic beside the batch"
     start, channels = numbered(*sizes), None
     if linear is not None:
-        at = numbering.run(linear.args[0], {root: start})  # type: ignore[arg-type]
+        at = numbering.run(linear.args[0], {root: start}, alone=True)  # type: ignore[arg-type]
         if at is None:
             return f"the tokens of {linear.name} do not follow from {root.name} by moving elements"
         tokens = _rows(at, sizes)
@@ -146,7 +146,7 @@ def origin_of(node: fx.Node, numbering: Numbering) -> Origin | str:
         width = shape[-1]
         start = (token.view(*shape[:-1], 1) * width + torch.arange(width) + 1).double()
         sizes = (*sizes[:channels], *sizes[channels + 1 :], width)
-    numbers = numbering.run(split, {first: start})
+    numbers = numbering.run(split, {first: start}, alone=True)
     if numbers is None:
         return f"{split.name} does not follow from {first.name} by moving elements"
     return Origin(root, linear, channels, sizes, split, steps, numbers.long())
