@@ -24,6 +24,7 @@ def default(
     measure: the runtime's measurement service, which tune="measure" needs.
     """
     from compiled_attn.passes.choose_attention import ChooseAttention
+    from compiled_attn.passes.fuse_depthwise import FuseDepthwise
     from compiled_attn.passes.pack_linear import PackLinear
     from compiled_attn.passes.raise_local_attention import RaiseLocalAttention
 
@@ -31,7 +32,13 @@ def default(
         return [RaiseAttention(), *named]
     passes = portable(named)
     if target.kind == "cpu":
-        passes += [RaiseLocalAttention(), FoldConstants(), ChooseAttention(), PackLinear(tune, measure)]
+        passes += [
+            RaiseLocalAttention(),
+            FuseDepthwise(),
+            FoldConstants(),
+            ChooseAttention(),
+            PackLinear(tune, measure),
+        ]
     return passes
 
 

@@ -74,7 +74,7 @@ def lowering(
     out = (x.get_dtype(), [batch, channels, rows, columns], strides)
 
     def source(views: dict[str, Any]) -> tuple[str, str]:
-        return marked(NAME, "depthwise.h"), _shape(views, axes, norm_eps) + _call(views, activation, norm_eps)
+        return marked(NAME, "depthwise.h"), _shape(views, axes, norm_eps) + _call(views, axes, activation, norm_eps)
 
     return _torch.cpp_template(NAME, inputs, [out], source)[0]
 
@@ -93,7 +93,7 @@ def _shape(views: dict[str, Any], axes: Sequence[tuple[int, ...]], norm_eps: flo
     return "\n".join(lines) + "\n"
 
 
-def _call(views: dict[str, Any], activation: str, norm_eps: float | None) -> str:
+def _call(views: dict[str, Any], axes: Sequence[tuple[int, ...]], activation: str, norm_eps: float | None) -> str:
     """The C++ statement that fills `out_0`."""
     kind = CTYPES[views["x"].dtype]
     read = [
@@ -102,8 +102,9 @@ def _call(views: dict[str, Any], activation: str, norm_eps: float | None) -> str
     out = f"reinterpret_cast<{kind}*>({views['out_0'].pointer})"
     return (
         f"compiled_attn_cpp::DepthwiseTensors<{kind}> t{{{', '.join(read)}, {out}}};\n"
-        f"compiled_attn_cpp::depthwise<{kind}, compiled_attn_cpp::Activation::{activation}, "
-        f"{str(norm_eps is not None).lower()}>(s, t);\n"
+        f"constexpr int rows = compiled_attn_cpp::depthwise_rows({axes[0][0]}, {axes[0][1]}, {axes[1][1]});\n"
+        f"compiled_attn_cpp::depthwise_by_rows<{kind}, compiled_attn_cpp::Activation::{activation}, "
+        f"{str(norm_eps is not None).lower()}, rows>(s, t);\n"
     )
 
 

@@ -60,14 +60,16 @@ struct DepthwisePart {
   int64_t batch, first, last, left, right;
 };
 
-// A thread's work. T: elements.  A: activation.  Norm: whether there is a layer norm over channels.
-template <class T, Activation A, bool Norm>
+// A thread's work. T: elements.  A: activation.  Norm: whether there is a layer norm over channels.  Rows: of a register
+// tile, 1 unless both strides are 1.
+template <class T, Activation A, bool Norm, int Rows>
 class Depthwise {
  public:
+  static constexpr bool kPlain = A == Activation::none || A == Activation::relu;  // few instructions behind the sums
+
   Depthwise(const DepthwiseShape& shape, const DepthwiseTensors<T>& tensors) : s(shape), t(tensors) {
-    together = s.y.stride == 1 ? int(std::min<int64_t>(kTileRows, s.y.kernel)) : 1;
-    apart = s.y.stride == 1 ? s.y.dilation : 1;
-    ring_rows = (s.y.kernel - 1) * s.y.dilation + (together * apart - 1) * s.y.stride + 1;
+    apart = Rows > 1 ? s.y.dilation : 1;
+    ring_rows = (s.y.kernel - 1) * s.y.dilation + (Rows * apart - 1) * s.y.stride + 1;
     rows.resize(s.y.kernel + kTileRows - 1);
     taps = weights.room(s.y.kernel * s.x.kernel * kWidth);
   }
@@ -79,7 +81,7 @@ class Depthwise {
     const Vec bias = t.bias ? load(t.bias + c, lanes) : vset(0.f);
     columns = (part.right - part.left - 1) * s.x.stride + (s.x.kernel - 1) * s.x.dilation + 1;
     ring = memory.room(ring_rows * columns * kWidth);
-    const int64_t base = part.first * s.y.stride - s.y.padding, group = together * apart;
+    const int64_t base = part.first * s.y.stride - s.y.padding, group = Rows * apart;
     int64_t filled = 0;
     for (int64_t y = part.first; y < part.last; y += group) {
       const int64_t begin = y * s.y.stride - s.y.padding - base;
@@ -87,7 +89,7 @@ class Depthwise {
       const int64_t end = last * s.y.stride - s.y.padding - base + (s.y.kernel - 1) * s.y.dilation + 1;
       for (filled = std::max(filled, begin); filled < end; ++filled) fill(part, c, lanes, filled + base, filled % ring_rows);
       for (int64_t p = 0; p < apart && y + p < part.last; ++p) {
-        const int64_t count = std::min<int64_t>(together, (part.last - y - p + apart - 1) / apart);
+        const int64_t count = std::min<int64_t>(Rows, (part.last - y - p + apart - 1) / apart);
         for (int64_t j = 0; j < s.y.kernel + count - 1; ++j) {
           rows[j] = ring + (begin + p + j * s.y.dilation) % ring_rows * columns * kWidth;
         }
@@ -150,17 +152,13 @@ class Depthwise {
       const int64_t width = size / tiles + (i < size % tiles);
       right = Inside(s.x, (part.left + x) * s.x.stride - s.x.padding, (width - 1) * s.x.stride, s.x.kernel);
       as_constant<kTileColumns>(width, [&](auto TX) {
-        if (s.x.stride == 1) {
-          as_constant<kTileRows>(count, [&](auto TY) { tile<TY(), TX(), true>(part, c, lanes, y, x, bias); });
-        } else {
-          as_constant<kTileRows>(count, [&](auto TY) { tile<TY(), TX(), false>(part, c, lanes, y, x, bias); });
-        }
+        as_constant<Rows>(count, [&](auto TY) { tile<TY(), TX()>(part, c, lanes, y, x, bias); });
       });
       x += width;
     }
   }
 
-  template <int TY, int TX, bool Unit>
+  template <int TY, int TX>
   __attribute__((noinline)) void tile(const DepthwisePart& part, int64_t c, int64_t lanes, int64_t y, int64_t x, Vec bias) {
     Vec sum[TY][TX];
 #pragma GCC unroll 3
@@ -170,40 +168,46 @@ class Depthwise {
     const int64_t at = x * s.x.stride * kWidth, line = s.x.kernel * kWidth, last = s.y.kernel;
     const float* beyond = taps + last * line;
     if constexpr (TY > 1) {
-      if (down.holds(0)) add<TY, TX, Unit, 0, 1>(sum, rows[0] + at, taps);
+      if (down.holds(0)) add<TY, TX, 0, 1>(sum, rows[0] + at, taps);
     }
     if constexpr (TY > 2) {
-      if (down.holds(1)) add<TY, TX, Unit, 0, 2>(sum, rows[1] + at, taps + line);
+      if (down.holds(1)) add<TY, TX, 0, 2>(sum, rows[1] + at, taps + line);
     }
     const int64_t end = std::min(down.end, last);
     for (int64_t j = std::max<int64_t>(down.begin, TY - 1); j < end; ++j) {
-      add<TY, TX, Unit, 0, TY>(sum, rows[j] + at, taps + j * line);
+      add<TY, TX, 0, TY>(sum, rows[j] + at, taps + j * line);
     }
     if constexpr (TY > 1) {
-      if (down.holds(last)) add<TY, TX, Unit, 1, TY>(sum, rows[last] + at, beyond);
+      if (down.holds(last)) add<TY, TX, 1, TY>(sum, rows[last] + at, beyond);
     }
     if constexpr (TY > 2) {
-      if (down.holds(last + 1)) add<TY, TX, Unit, 2, TY>(sum, rows[last + 1] + at, beyond + line);
+      if (down.holds(last + 1)) add<TY, TX, 2, TY>(sum, rows[last + 1] + at, beyond + line);
+    }
+    float* to = Norm ? sums + ((y - part.first) * (part.right - part.left) + x) * wide + c : kept;
+    const int64_t next_row = Norm ? apart * (part.right - part.left) * wide : TX * kWidth;
+    const int64_t next = Norm ? wide : kWidth;
+    if (kPlain && !Norm && lanes == kWidth && !t.gate && !t.residual) {
+#pragma GCC unroll 3
+      for (int r = 0; r < TY; ++r) {
+        T* out = t.out + offset(s.to, part.batch, y + r * apart, part.left + x) + c;
+#pragma GCC unroll 8
+        for (int i = 0; i < TX; ++i) vstore(out + i * s.to[2], activate<A>(sum[r][i]));
+      }
+      return;
     }
 #pragma GCC unroll 3
-    for (int r = 0; r < TY; ++r) {
-      const int64_t row = y + r * apart;
-      if constexpr (Norm) {
-        float* to = sums + ((row - part.first) * (part.right - part.left) + x) * wide + c;
+    for (int r = 0; r < TY; ++r)
 #pragma GCC unroll 8
-        for (int i = 0; i < TX; ++i) vstore(to + i * wide, sum[r][i]);
-      } else {
-        const Place place(*this, part.batch, row, part.left + x, c);
-#pragma GCC unroll 8
-        for (int i = 0; i < TX; ++i) place.finish(*this, i, lanes, sum[r][i]);
-      }
+      for (int i = 0; i < TX; ++i) vstore(to + r * next_row + i * next, sum[r][i]);
+    if constexpr (!Norm) {
+      for (int r = 0; r < TY; ++r) finish(kept + r * next_row, TX, part.batch, y + r * apart, part.left + x, c, lanes);
     }
   }
 
   // sum[r] += one row of inputs times the kernel's row for r, of the rows LOW to HIGH; `row` is the kernel's for r = 0.
-  template <int TY, int TX, bool Unit, int LOW, int HIGH>
+  template <int TY, int TX, int LOW, int HIGH>
   COMPILED_ATTN_INLINE void add(Vec (&sum)[TY][TX], const float* inputs, const float* row) {
-    const int64_t step = Unit ? kWidth : s.x.stride * kWidth, line = s.x.kernel * kWidth;
+    const int64_t step = Rows > 1 ? kWidth : s.x.stride * kWidth, line = s.x.kernel * kWidth;
     inputs += right.begin * s.x.dilation * kWidth;
     row += right.begin * kWidth;
     for (int64_t j = right.begin; j < right.end; ++j, inputs += s.x.dilation * kWidth, row += kWidth) {
@@ -220,33 +224,27 @@ class Depthwise {
     }
   }
 
-  // Where the result of a row begins, and what belongs to it.
-  struct Place {
-    const T *gate, *residual;
-    T* out;
+  static COMPILED_ATTN_INLINE int64_t offset(const int64_t (&stride)[3], int64_t b, int64_t y, int64_t x) {
+    return b * stride[0] + y * stride[1] + x * stride[2];
+  }
 
-    COMPILED_ATTN_INLINE Place(const Depthwise& d, int64_t b, int64_t y, int64_t x, int64_t c)
-        : gate(d.t.gate ? d.t.gate + at(d.s.gate, b, y, x) + c : nullptr),
-          residual(d.t.residual ? d.t.residual + at(d.s.residual, b, y, x) + c : nullptr),
-          out(d.t.out + at(d.s.to, b, y, x) + c) {}
-
-    static COMPILED_ATTN_INLINE int64_t at(const int64_t (&stride)[3], int64_t b, int64_t y, int64_t x) {
-      return b * stride[0] + y * stride[1] + x * stride[2];
-    }
-
-    // Column i from here: activation, gate, residual.
-    COMPILED_ATTN_INLINE void finish(const Depthwise& d, int64_t i, int64_t lanes, Vec value) const {
-      value = activate<A>(value);
-      if (gate) value = vmul(value, load(gate + i * d.s.gate[2], lanes));
-      if (residual) value = vadd(value, load(residual + i * d.s.residual[2], lanes));
-      T* to = out + i * d.s.to[2];
+  // Activation, gate and residual of `count` columns of a row, whose sums lie one after the other.
+  __attribute__((noinline)) void finish(const float* from, int64_t count, int64_t b, int64_t y, int64_t x, int64_t c,
+                                        int64_t lanes) {
+    const T* gate = t.gate ? t.gate + offset(s.gate, b, y, x) + c : nullptr;
+    const T* residual = t.residual ? t.residual + offset(s.residual, b, y, x) + c : nullptr;
+    T* out = t.out + offset(s.to, b, y, x) + c;
+    for (int64_t i = 0; i < count; ++i, from += kWidth, out += s.to[2]) {
+      Vec value = activate<A>(vload(from));
+      if (gate) value = vmul(value, load(gate + i * s.gate[2], lanes));
+      if (residual) value = vadd(value, load(residual + i * s.residual[2], lanes));
       if (lanes == kWidth) {
-        vstore(to, value);
+        vstore(out, value);
       } else {
-        vstore(to, value, lanes);
+        vstore(out, value, lanes);
       }
     }
-  };
+  }
 
   // The norm of one pixel, and what follows it.
   void normalise(const DepthwisePart& part, int64_t y, int64_t x) {
@@ -269,15 +267,16 @@ class Depthwise {
       Vec value = vmul(vsub(vload(from + c), mean), scale);
       if (t.norm_weight) value = vmul(value, load(t.norm_weight + c, lanes));
       if (t.norm_bias) value = vadd(value, load(t.norm_bias + c, lanes));
-      Place(*this, part.batch, y, x, c).finish(*this, 0, lanes, value);
+      vstore(kept, value);
+      finish(kept, 1, part.batch, y, x, c, lanes);
     }
   }
 
   const DepthwiseShape& s;
   const DepthwiseTensors<T>& t;
-  int together;             // rows of a register tile
-  int64_t apart, ring_rows;  // distance of these rows; rows that lie in the ring
+  int64_t apart, ring_rows;  // distance of a register tile's rows; rows that lie in the ring
   int64_t columns = 0, wide = 0;
+  alignas(64) float kept[Rows * kTileColumns * kWidth];  // sums of a tile
   Inside down, right;  // steps of the kernel's rows and columns that meet the map
   Lines memory, weights, waiting;
   float *ring = nullptr, *taps = nullptr, *sums = nullptr;
@@ -293,10 +292,9 @@ inline int64_t depthwise_threads() {
 }
 
 // Threads: OpenMP's. A task is a band of rows, a strip of columns and, without a norm, a vector of channels.
-template <class T, Activation A, bool Norm>
-void depthwise(const DepthwiseShape& s, const DepthwiseTensors<T>& t) {
-  const bool shares = s.y.stride == 1;
-  const int64_t group = shares ? std::min<int64_t>(kTileRows, s.y.kernel) * s.y.dilation : 1;
+template <class T, Activation A, bool Norm, int Rows>
+void depthwise_by_rows(const DepthwiseShape& s, const DepthwiseTensors<T>& t) {
+  const int64_t group = Rows > 1 ? Rows * s.y.dilation : 1;
   const int64_t blocks = Norm ? 1 : (s.channels + kWidth - 1) / kWidth;
   // Strips so narrow that the ring stays in the first-level cache, but no narrower than what the kernel reaches over.
   const int64_t reach = (s.x.kernel - 1) * s.x.dilation, ring = (s.y.kernel - 1) * s.y.dilation + group * s.y.stride;
@@ -314,7 +312,7 @@ void depthwise(const DepthwiseShape& s, const DepthwiseTensors<T>& t) {
   const int64_t work = s.batch * s.channels * s.y.out * s.x.out * s.y.kernel * s.x.kernel;
 #pragma omp parallel if (work > kDepthwiseThreads && tasks > 1)
   {
-    Depthwise<T, A, Norm> mine(s, t);
+    Depthwise<T, A, Norm, Rows> mine(s, t);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t block = task % blocks, column = task / blocks % strips * strip;
@@ -328,6 +326,18 @@ void depthwise(const DepthwiseShape& s, const DepthwiseTensors<T>& t) {
       }
     }
   }
+}
+
+// How many rows a register tile takes.
+constexpr int depthwise_rows(int64_t kernel_rows, int64_t stride_y, int64_t stride_x) {
+  return stride_y == 1 && stride_x == 1 ? int(std::min<int64_t>(kTileRows, kernel_rows)) : 1;
+}
+
+// For a shape of which nothing is known ahead; where strides and kernel are, the call above compiles to less.
+template <class T, Activation A, bool Norm>
+void depthwise(const DepthwiseShape& s, const DepthwiseTensors<T>& t) {
+  as_constant<kTileRows>(depthwise_rows(s.y.kernel, s.y.stride, s.x.stride),
+                         [&](auto rows) { depthwise_by_rows<T, A, Norm, rows()>(s, t); });
 }
 
 }  // namespace

@@ -1,0 +1,228 @@
+"""Turns depthwise convolutions and what surrounds them into the vocabulary's op, in channels last.
+
+    c = conv2d(x, w, b, groups=96)                         d = depthwise_block(x, w', b, g, h, norm_eps=1e-6)
+    y = layer_norm(permute(c, [0, 2, 3, 1]), g, h)   ->    y = permute(d, [0, 2, 3, 1])
+    s = batch_norm(conv2d(x, w3) + conv2d(x, w1) + x)      t = depthwise_block(x, w', b', activation="gelu")
+    t = gelu(s)
+
+Branches, scales and norms that act channel by channel become one kernel (match/depthwise.py; float32 only). Behind it
+go a layer norm over channels, an activation, a product and a sum with a map of the same shape, as far as each is read
+once. The rest of the network stays in the layout that Inductor gives it, which on a CPU is channels last wherever it
+holds a convolution; copies that made the map dense for the convolution go, views of the result become reshapes.
+
+Never touches a convolution whose weight is computed, nor one that oneDNN was measured to serve better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import fx
+
+from compiled_attn.ir import _torch
+from compiled_attn.ir.notes import Notes
+from compiled_attn.ir.program import Edit, Program
+from compiled_attn.ops.depthwise import depthwise_block
+from compiled_attn.ops.templates import registry
+from compiled_attn.passes.match.depthwise import Form, Forms
+from compiled_attn.passes.strides import follow_strides, reads_strides
+
+if TYPE_CHECKING:
+    from compiled_attn.ir.targets import Target
+
+aten = torch.ops.aten
+RULE = "depthwise_block"
+TO_LAST = [0, 2, 3, 1]
+ACTIVATIONS: dict[Any, str] = {
+    aten.relu.default: "relu",
+    aten.relu6.default: "relu6",
+    aten.silu.default: "silu",
+    aten.hardswish.default: "hardswish",
+}
+POOLS = (aten.avg_pool2d.default,)
+
+
+@dataclass
+class Block:
+    """A match. last: the node that the op's result stands for; in_last: it is that result with channels last."""
+
+    root: fx.Node
+    form: Form
+    last: fx.Node
+    activation: str = "none"
+    gate: fx.Node | None = None
+    residual: fx.Node | None = None
+    norm: tuple[fx.Node | None, fx.Node | None, float] | None = None
+    in_last: bool = False
+
+    @property
+    def text(self) -> str:
+        (rows, columns), _, dilation = self.form.geometry()
+        parts = [f"{rows}x{columns}" + (f" dilated {dilation[0]}x{dilation[1]}" if max(dilation) > 1 else "")]
+        count = len(self.form.convolutions)
+        parts += [f"of {count} convolutions"] if count > 1 else []
+        parts += ["layer norm"] if self.norm else []
+        parts += [self.activation] if self.activation != "none" else []
+        parts += [name for name, node in (("gate", self.gate), ("residual", self.residual)) if node is not None]
+        return ", ".join(parts)
+
+
+def grow(root: fx.Node, form: Form, taken: set[fx.Node]) -> Block:
+    """The root with as much of what follows it as the op computes; sums and products are noted in `taken`."""
+    block = Block(root, form, root)
+    user = _only_user(block.last)
+    if user is not None and user.target is aten.permute.default and user.args[1] == TO_LAST:
+        norm = _only_user(user)
+        found = _norm_over_channels(norm, user) if norm is not None else None
+        if found is not None and norm is not None:
+            block.norm, block.last, block.in_last = found, norm, True
+        return block
+    if user is not None and activation_of(user) is not None:
+        block.activation, block.last = activation_of(user) or "none", user
+    for field, target in (("gate", aten.mul.Tensor), ("residual", aten.add.Tensor)):
+        user = _only_user(block.last)
+        if user is None or user.target is not target or user in taken:
+            continue
+        other = _other(user, block.last)
+        if other is not None:
+            setattr(block, field, other)
+            block.last = user
+            taken.add(user)
+    return block
+
+
+def activation_of(node: fx.Node) -> str | None:
+    """The op's name of an activation."""
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"
+    if node.target is aten.hardtanh.default:
+        return "relu6" if tuple(node.args[1:]) == (0.0, 6.0) else None
+    return ACTIVATIONS.get(node.target)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _norm_over_channels(norm: fx.Node, x: fx.Node) -> tuple[fx.Node | None, fx.Node | None, float] | None:
+    if norm.target is not aten.layer_norm.default or norm.args[0] is not x:
+        return None
+    given: Any = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])
+    _, shape, weight, bias, eps = given[:5]
+    channels = x.meta["val"].shape[-1]
+    parts = [n for n in (weight, bias) if n is not None]
+    alike = all(n.meta["val"].dtype == x.meta["val"].dtype for n in parts)
+    return (weight, bias, eps) if list(shape) == [channels] and alike else None
+
+
+def _other(user: fx.Node, current: fx.Node) -> fx.Node | None:
+    """The other operand of a product or sum, if it is a map of the same shape and type."""
+    others = [a for a in user.args if a is not current]
+    if len(others) != 1 or user.kwargs.get("alpha", 1) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    a, b = (n.meta.get("val") for n in (others[0], current))
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dtype != b.dtype or a.dim() != b.dim():
+        return None
+    return others[0] if all(_torch.statically_true(m == n) for m, n in zip(a.shape, b.shape, strict=True)) else None
+
+
+def source_of(block: Block) -> fx.Node:
+    """The map that the convolution reads, without the copies that made it dense."""
+    x: Any = block.form.source
+    while x.target in (aten.clone.default, aten.contiguous.default):
+        x = x.args[0]
+    return x
+
+
+def write(edit: Edit, program: Program, block: Block) -> tuple[fx.Node, bool]:
+    """Puts the op in the chain's place; returns its result, and whether that lies otherwise in memory than before."""
+    form, dtype = block.form, block.root.meta["val"].dtype
+    _, padding, dilation = form.geometry()
+    made_from = tuple(o for name in form.made_from for o in program.origin.get(name, (name,)))
+    name = form.made_from[0]
+    weight = edit.constant(f"{name}.last", form.kernel().to(dtype).contiguous(), made_from=made_from)
+    bias = None
+    if form.bias is not None:
+        bias = edit.constant(f"{name}.shift", form.bias.to(dtype).contiguous(), made_from=made_from)
+    nodes = [None if n is None else edit.node_of[n] for n in (block.gate, block.residual)]
+    norm_weight, norm_bias, eps = block.norm or (None, None, None)
+    norms = [None if n is None else edit.node_of[n] for n in (norm_weight, norm_bias)]
+    options: dict[str, Any] = {
+        "stride": list(form.stride),
+        "padding": list(padding),
+        "dilation": list(dilation),
+        "activation": block.activation,
+        "norm_eps": eps,
+    }
+    old = edit.node_of[block.last]
+    with edit.graph.inserting_before(old):
+        args = (edit.node_of[source_of(block)], weight, bias, *nodes, *norms)
+        op = edit.call(depthwise_block.overload, args, options, like=edit.node_of[block.root])
+        new = edit.call(aten.permute.default, (op, TO_LAST), like=old) if block.in_last else op
+    moved = str(new.meta["val"].stride()) != str(old.meta["val"].stride())
+    edit.node_of[block.last] = new
+    edit.replace(old, new)
+    return new, moved
+
+
+@dataclass(frozen=True)
+class FuseDepthwise:
+    """Depthwise convolutions with what surrounds them become depthwise_block where a CPU template serves them."""
+
+    name: ClassVar[str] = "fuse-depthwise"
+    exact: ClassVar[bool] = True
+
+    def run(self, program: Program, target: Target, notes: Notes) -> Program:
+        if program.mode != "inference" or target.kind != "cpu":
+            return program
+        if not any(n.target in (aten.conv2d.default, aten.conv2d.padding, *POOLS) for n in program.graph.nodes):
+            return program
+        forms = Forms(program)
+        for node, because in forms.why.items():
+            notes.miss(node, RULE, because)
+        for node in program.graph.nodes:
+            differs = pool_misses(node) if node.target in POOLS else None
+            if differs is not None:
+                notes.miss(node, RULE, differs)
+        hindrance = reads_strides(program.graph)
+        edit: Edit | None = None
+        moved: set[fx.Node] = set()
+        taken: set[fx.Node] = set()
+        for root in forms.roots():
+            block = grow(root, forms.of[root], taken)
+            if hindrance is not None:
+                notes.miss(root, RULE, f"{hindrance.name} reads the strides of the map, which would change")
+                continue
+            refused = refuses(block, target)
+            if refused is not None:
+                notes.miss(root, RULE, refused)
+                continue
+            edit = edit or program.edit()
+            new, changed = write(edit, program, block)
+            moved |= {new} if changed else set()
+            notes.did(root, RULE, block.text)
+        if edit is None:
+            return program
+        follow_strides(edit, moved)
+        return edit.finish(self.name)
+
+
+def refuses(block: Block, target: Target) -> str | None:
+    """Because of what the template does not serve the block."""
+    x = block.form.source.meta["val"]
+    if block.root.meta["val"].dtype != x.dtype:
+        return f"its result is {block.root.meta['val'].dtype} and its input {x.dtype}"
+    weight = x.new_empty((*block.form.geometry()[0], x.shape[1]))
+    template, misses = registry.choose(RULE, (x, weight), {}, target)
+    return None if template is not None else "; ".join(because for _, because in misses)
+
+
+def pool_misses(node: fx.Node) -> str | None:
+    """Why an average over windows is no depthwise convolution."""
+    given: Any = (*node.args, *([], [0, 0], False, True)[len(node.args) - 2 :])
+    padding, includes = given[3], given[5]
+    if max(padding) > 0 and not includes:
+        return "it averages what lies inside the border only, so its weights differ there"
+    return None

@@ -1,0 +1,259 @@
+"""Linear maps that act on every channel by itself, found by what the values are: convolutions, norms, scales and sums.
+
+    batch_norm(conv(x, w3) + conv(x, w1) + x)     is     one depthwise convolution of x, with one kernel and one bias
+
+`Form` is such a map of one source; `Forms` finds it for the nodes of a graph, in double precision.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiled_attn.ir.program import Program
+from compiled_attn.passes.fold_batch_norm import batch_norm_parts
+from compiled_attn.passes.fold_constants import constant_placeholders
+
+aten = torch.ops.aten
+Offset = tuple[int, int]
+Tensor = torch.Tensor
+SUMS = (aten.add.Tensor, aten.sub.Tensor)
+EXACT = (torch.float32, torch.float64)  # elements whose sums of kernels keep the numbers
+DENSER = 1.5  # a kernel of sums may have this many times the places of its parts
+
+
+@dataclass(frozen=True)
+class Form:
+    """out[y] = bias + sum over offsets of taps[offset] * source[y * stride + offset], channel by channel.
+
+    taps: offset -> [C] in float64.  short: by how much the result is shorter than the source's size over the stride:
+    2 * padding - dilation * (kernel - 1), the same for all parts.  places: of the kernels that were summed.
+    """
+
+    source: fx.Node
+    taps: dict[Offset, Tensor]
+    bias: Tensor | None
+    stride: Offset
+    short: Offset
+    convolutions: tuple[fx.Node, ...]
+    nodes: frozenset[fx.Node]
+    made_from: tuple[str, ...]
+    places: int
+
+    def scaled(self, scale: Tensor, shift: Tensor | None, node: fx.Node, names: tuple[str, ...]) -> Form:
+        """scale * self + shift, which `node` computes."""
+        bias = None if self.bias is None else self.bias * scale
+        bias = shift if bias is None else bias if shift is None else bias + shift
+        taps = {at: tap * scale for at, tap in self.taps.items()}
+        return replace(self, taps=taps, bias=bias, nodes=self.nodes | {node}, made_from=(*self.made_from, *names))
+
+    def plus(self, other: Form, node: fx.Node) -> Form | None:
+        """The sum with another map of the same source; None where there is no such kernel or a needlessly big one."""
+        if self.source is not other.source or (self.stride, self.short) != (other.stride, other.short):
+            return None
+        taps = dict(self.taps)
+        for at, tap in other.taps.items():
+            taps[at] = taps[at] + tap if at in taps else tap
+        biases = [b for b in (self.bias, other.bias) if b is not None]
+        total = Form(
+            self.source,
+            taps,
+            sum(biases[1:], biases[0]) if biases else None,
+            self.stride,
+            self.short,
+            (*self.convolutions, *other.convolutions),
+            self.nodes | other.nodes | {node},
+            (*self.made_from, *other.made_from),
+            self.places + other.places,
+        )
+        kernel, _, _ = total.geometry()
+        return total if kernel[0] * kernel[1] <= DENSER * total.places else None
+
+    def geometry(self) -> tuple[Offset, Offset, Offset]:
+        """Kernel, padding and dilation that hold every tap."""
+        axes = []
+        for axis in (0, 1):
+            offsets = {at[axis] for at in self.taps}
+            padding = max(-min(offsets), max(offsets) + self.short[axis], 0)
+            length = 2 * padding - self.short[axis]
+            step = math.gcd(length, *(o + padding for o in offsets))
+            axes.append((length // step + 1 if step else 1, padding, max(step, 1)))
+        (rows, top, down), (columns, left, right) = axes
+        return (rows, columns), (top, left), (down, right)
+
+    def kernel(self) -> Tensor:
+        """The weight [I, J, C] in float64; zeros where no part has a place."""
+        (rows, columns), padding, dilation = self.geometry()
+        channels = next(iter(self.taps.values())).shape[0]
+        weight = torch.zeros(rows, columns, channels, dtype=torch.float64)
+        for at, tap in self.taps.items():
+            weight[(at[0] + padding[0]) // dilation[0], (at[1] + padding[1]) // dilation[1]] = tap
+        return weight
+
+
+class Forms:
+    """The Form of every node that has one, with at least one convolution in it or none; `why` says what hindered."""
+
+    def __init__(self, program: Program) -> None:
+        names = constant_placeholders(program)
+        self.tensors = {n: t.detach() for n, t in program.tensors().items() if n in names}
+        self.names = names
+        self.of: dict[fx.Node, Form] = {}
+        self.why: dict[fx.Node, str] = {}
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                found = self._form(node)
+                if found is not None:
+                    self.of[node] = found
+
+    def roots(self) -> list[fx.Node]:
+        """The outermost nodes whose Form holds a convolution, in the order of the graph."""
+        covered: set[fx.Node] = set()
+        found = []
+        for node in reversed(self.of):
+            form = self.of[node]
+            if form.convolutions and node not in covered:
+                covered |= form.nodes
+                found.append(node)
+        return found[::-1]
+
+    def _form(self, node: fx.Node) -> Form | None:
+        if node.target in (aten.conv2d.default, aten.conv2d.padding):
+            return self._convolution(node)
+        if node.target in (aten.batch_norm.default, operator.getitem):
+            return self._norm(node)
+        if node.target is aten.mul.Tensor:
+            return self._scale(node)
+        return self._sum(node) if node.target in SUMS else None
+
+    def _convolution(self, node: fx.Node) -> Form | None:
+        given: Any = (*node.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(node.args) - 2 :])
+        x, weight, bias, stride, padding, dilation, groups = given
+        shape = weight.meta["val"].shape
+        if groups == 1 or shape[1] != 1:
+            return None
+        if shape[0] != groups:
+            self.why[node] = f"it makes {shape[0] // groups} results of every channel"
+            return None
+        computed = next((n for n in (weight, bias) if n is not None and n.name not in self.tensors), None)
+        if computed is not None:
+            self.why[node] = f"its weight or bias is computed ({computed.name})"
+            return None
+        stride, dilation = _pair(stride), _pair(dilation)
+        reach = (dilation[0] * (int(shape[2]) - 1), dilation[1] * (int(shape[3]) - 1))
+        if isinstance(padding, str):
+            if padding == "same" and any(r % 2 for r in reach):
+                self.why[node] = f"its padding is 'same' for a kernel that reaches over {reach}, more at one side"
+                return None
+            padding = [r // 2 if padding == "same" else 0 for r in reach]
+        padding = _pair(padding)
+        value = self.tensors[weight.name].double()
+        taps = {
+            (i * dilation[0] - padding[0], j * dilation[1] - padding[1]): value[:, 0, i, j]
+            for i in range(int(shape[2]))
+            for j in range(int(shape[3]))
+        }
+        short = (2 * padding[0] - reach[0], 2 * padding[1] - reach[1])
+        shift = None if bias is None else self.tensors[bias.name].double()
+        names = tuple(self.names[n.name] for n in (weight, bias) if n is not None)
+        return Form(x, taps, shift, stride, short, (node,), frozenset((node,)), names, len(taps))
+
+    def _norm(self, node: fx.Node) -> Form | None:
+        norm: Any = node
+        if node.target is operator.getitem:
+            norm = node.args[0]
+            if node.args[1] != 0 or len(norm.users) != 1:
+                return None
+        parts = batch_norm_parts(norm)
+        if parts is None:
+            return None
+        x, weight, bias, mean, variance, eps = parts
+        nodes = [weight, bias, mean, variance]
+        if any(n is not None and n.name not in self.tensors for n in nodes) or not _exact(x):
+            return None
+        values: list[Any] = [None if n is None else self.tensors[n.name].double() for n in nodes]
+        g, h, m, v = values
+        scale = torch.rsqrt(v + eps) if g is None else g * torch.rsqrt(v + eps)
+        shift = -m * scale if h is None else h - m * scale
+        names = tuple(self.names[n.name] for n in nodes if n is not None)
+        found = self._inside(x)
+        return None if found is None else found.scaled(scale, shift, node, names)
+
+    def _scale(self, node: fx.Node) -> Form | None:
+        args: Any = node.args
+        for x, other in (args, args[::-1]):
+            scale = self._by_channel(x, other)
+            if scale is not None and isinstance(x, fx.Node):
+                found = self._inside(x)
+                names = (self.names[other.name],) if isinstance(other, fx.Node) else ()
+                return None if found is None else found.scaled(scale, None, node, names)
+        return None
+
+    def _sum(self, node: fx.Node) -> Form | None:
+        args: Any = node.args
+        a, b = args
+        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+        if node.kwargs.get("alpha", 1) != 1 or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+            return None
+        if a is b or not _exact(a) or not _exact(b) or not _same_shape(a, b):
+            return None
+        inner = [(self._inside(n), _identity(n)) for n in (a, b)]
+        minus = torch.tensor(sign, dtype=torch.float64)
+        for left, right in ((inner[0][0], inner[1][0]), (inner[0][0], inner[1][1]), (inner[0][1], inner[1][0])):
+            if left is not None and right is not None:
+                total = left.plus(right.scaled(minus, None, node, ()), node)
+                if total is not None:
+                    return total
+        return None
+
+    def _inside(self, x: fx.Node) -> Form | None:
+        """The Form of an operand that only this map reads; else the operand itself as a source."""
+        found = self.of.get(x) if len(x.users) == 1 else None
+        return _identity(x) if found is None else found
+
+    def _by_channel(self, x: Any, other: Any) -> Tensor | None:
+        """`other` as numbers [C] that multiply x channel by channel."""
+        if not isinstance(x, fx.Node) or not _exact(x) or not _is_map(x):
+            return None
+        channels = x.meta["val"].shape[1]
+        if isinstance(other, (int, float)):
+            return torch.full((channels,), float(other), dtype=torch.float64)
+        value = self.tensors.get(other.name) if isinstance(other, fx.Node) else None
+        if value is None or value.dim() > 4 or value.numel() not in (1, channels):
+            return None
+        shape = (1,) * (4 - value.dim()) + tuple(value.shape)
+        if shape[0] != 1 or shape[2:] != (1, 1):
+            return None
+        return value.double().reshape(-1).expand(channels)
+
+
+def _identity(x: fx.Node) -> Form | None:
+    if not _is_map(x):
+        return None
+    one = torch.ones(x.meta["val"].shape[1], dtype=torch.float64)
+    return Form(x, {(0, 0): one}, None, (1, 1), (0, 0), (), frozenset(), (), 1)
+
+
+def _is_map(x: fx.Node) -> bool:
+    value = x.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 4 and isinstance(value.shape[1], int)
+
+
+def _exact(x: fx.Node) -> bool:
+    value = x.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype in EXACT
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    shapes = [n.meta["val"].shape for n in (a, b)]
+    return len(shapes[0]) == len(shapes[1]) and all(str(m) == str(n) for m, n in zip(*shapes, strict=True))
+
+
+def _pair(value: Any) -> Offset:
+    numbers = [int(n) for n in (value if isinstance(value, (list, tuple)) else [value])]
+    return (numbers[0], numbers[-1])
