@@ -1,7 +1,7 @@
 """Compiles every Triton kernel x configuration x target to machine code, with no GPU, and records what it needs.
 
     python bench/machine_code.py                      # candidates in order until one fits, for every case and target
-    python bench/machine_code.py --all --again        # every candidate, after a kernel has changed
+    python bench/machine_code.py --all --again        # every candidate of the kernels that have changed
     python bench/machine_code.py --chosen --sm 80 90  # only what the record chooses: prints one JSON line a compile
 
 The first two write compiled_attn/ops/templates/machine_code.json under the installed triton's version:
@@ -31,11 +31,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compiled_attn.ir import targets
-from compiled_attn.ops.kernels import attention, class_row, select_tokens
-from compiled_attn.ops.templates import triton_attention, triton_class_row, triton_select_tokens
+from compiled_attn.ops.kernels import attention, class_row, ragged_attention, select_tokens
+from compiled_attn.ops.templates import (
+    triton_attention,
+    triton_class_row,
+    triton_ragged_attention,
+    triton_select_tokens,
+)
 from compiled_attn.ops.templates.triton_config import BLOCKS, KERNELS, RECORD, SM_LEAST, Config, MachineCode, offered
 
-SOURCES = ("attention.py", "class_row.py", "select_tokens.py")
+SOURCES = ("attention.py", "class_row.py", "ragged_attention.py", "select_tokens.py")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {t.sm: t.shared_bytes_per_block for t in map(targets.load, targets.names()) if t.sm >= SM_LEAST}
 
@@ -56,6 +61,7 @@ class Case:
         """Triton types of the arguments that are no constants."""
         element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
         pointers = {"logits_ptr": "fp32", "lse_ptr": "fp32", "row_ptr": "fp32", "score_ptr": "fp32", "index_ptr": "i64"}
+        pointers |= {"q_offsets_ptr": "i64", "k_offsets_ptr": "i64"}
         types = {}
         for argument in self.function.arg_names:
             if argument.endswith("_ptr"):
@@ -95,6 +101,22 @@ def cases() -> Iterator[Case]:
                     dtype,
                     triton_class_row.logits_configs(block),
                     (*width, ("HAS_BIAS", bias), *((f"stride_{x}", 1) for x in ("qd", "kd", "bm"))),
+                )
+            for causal in (False, True):
+                yield Case(
+                    triton_ragged_attention.KERNEL,
+                    triton_ragged_attention.case(dtype, block, causal=causal),
+                    ragged_attention.ragged_attention,
+                    dtype,
+                    triton_ragged_attention.configs(dtype, block),
+                    (
+                        *width,
+                        ("DV", block - 8),
+                        ("BLOCK_DV", block),
+                        ("CAUSAL", causal),
+                        ("UPCAST", False),
+                        *((f"stride_{x}", 1) for x in ("qd", "kd", "vd")),
+                    ),
                 )
         for fuse in (False, True):
             yield Case(
@@ -179,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Record what the Triton kernels' machine code needs, with no GPU.")
     parser.add_argument("--sm", type=int, nargs="*", default=sorted(SHARED_LIMIT), help="compute capabilities, as 80")
     parser.add_argument("--all", action="store_true", help="every candidate, not only those up to the first that fits")
-    parser.add_argument("--again", action="store_true", help="forget what is recorded for the installed triton")
+    parser.add_argument("--again", action="store_true", help="forget what is recorded of changed kernels, or of all")
     parser.add_argument("--chosen", action="store_true", help="only compile what the record chooses, print JSON lines")
     parser.add_argument("--case", default="", help="with --chosen: only cases whose name matches this pattern")
     options = parser.parse_args()
@@ -192,9 +214,11 @@ def main() -> None:
         record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
         sources = {name: hashlib.sha256((KERNELS / name).read_bytes()).hexdigest() for name in SOURCES}
         ours = record.setdefault(triton.__version__, {"sources": sources, "kernels": {}})
+        stale = {name for name, digest in sources.items() if ours["sources"].get(name) != digest}
+        changed = {case.kernel for case in cases() if Path(case.function.fn.__code__.co_filename).name in stale}
         if options.again:
-            ours["kernels"].clear()
-        elif ours["sources"] != sources:
+            ours["kernels"] = {} if not stale else {k: v for k, v in ours["kernels"].items() if k not in changed}
+        elif changed & ours["kernels"].keys():
             parser.error("the kernels have changed since their machine code was recorded; give --again")
         ours["sources"] = sources
         for _ in sweep(ours["kernels"], options.sm, everything=options.all):

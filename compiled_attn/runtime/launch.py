@@ -3,7 +3,7 @@
 `stand_in` gives, for a vocabulary op, a function of the same signature that launches its kernel through a
 `torch.library.triton_op`: Inductor and AOTInductor see into it and carry the kernel into generated code and packages.
 The configuration is the first that the template offers for the target. Under Triton's interpreter `attention`,
-`class_row` and `select_tokens` run on CPU tensors.
+`class_row`, `ragged_attention` and `select_tokens` run on CPU tensors.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,12 @@ import torch
 
 from compiled_attn.ir import targets
 from compiled_attn.ir.errors import TargetError
-from compiled_attn.ops.templates import triton_attention, triton_class_row, triton_select_tokens
+from compiled_attn.ops.templates import (
+    triton_attention,
+    triton_class_row,
+    triton_ragged_attention,
+    triton_select_tokens,
+)
 from compiled_attn.ops.templates.triton_config import Config, block_of
 
 
@@ -54,6 +59,7 @@ def _operators() -> dict[str, Any]:
     launches: dict[str, Any] = {
         "attention": _attention,
         "attention_with_class_row": _attention_with_class_row,
+        "ragged_attention": _ragged_attention,
         "select_tokens": _select_tokens,
     }
     return {
@@ -92,6 +98,20 @@ def _select_tokens(
     return select_tokens(x, score, keep, prefix=prefix, fuse=fuse, config=config)
 
 
+def _ragged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offsets: torch.Tensor,
+    k_offsets: torch.Tensor,
+    scale: float,
+    causal: bool,
+    target: str,
+) -> torch.Tensor:
+    config = triton_ragged_attention.chosen((q, k, v), {"causal": causal}, targets.load(target))[0]
+    return ragged_attention(q, k, v, q_offsets, k_offsets, scale=scale, causal=causal, config=config)
+
+
 def _call_attention(
     launch: Any, target: str, q: Any, k: Any, v: Any, bias: Any = None, *, scale: float, causal: bool = False
 ) -> Any:
@@ -110,9 +130,27 @@ def _call_select(
     return launch(x, score, keep, prefix, fuse, target)
 
 
+def _call_ragged(
+    launch: Any,
+    target: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    q_offsets: Any,
+    k_offsets: Any,
+    *,
+    scale: float,
+    causal: bool = False,
+    longest: Any = None,
+) -> Any:
+    del longest
+    return launch(q, k, v, q_offsets, k_offsets, scale, causal, target)
+
+
 _CALLS: dict[str, Callable[..., Any]] = {
     "attention": _call_attention,
     "attention_with_class_row": _call_class_row,
+    "ragged_attention": _call_ragged,
     "select_tokens": _call_select,
 }
 
@@ -217,6 +255,51 @@ def class_row(
         **mean_config.constants,
         num_warps=mean_config.warps,
         num_stages=mean_config.stages,
+    )
+    return out
+
+
+def ragged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offsets: torch.Tensor,
+    k_offsets: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    config: Config,
+) -> torch.Tensor:
+    """q [T,H,D], k [S,H,D], v [S,H,Dv], offsets [B+1] int64 -> [T,H,Dv] contiguous."""
+    from compiled_attn.ops.kernels.ragged_attention import ragged_attention as kernel
+
+    rows, heads, width = q.shape
+    width_v, sequences = v.shape[2], q_offsets.shape[0] - 1
+    out = q.new_empty(rows, heads, width_v)
+    blocks = triton_ragged_attention.blocks(config, rows, sequences)
+    _run(kernel, (blocks * heads,))(
+        q,
+        k,
+        v,
+        q_offsets.contiguous(),
+        k_offsets.contiguous(),
+        out,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *out.stride()[:2],
+        scale,
+        sequences,
+        blocks,
+        D=width,
+        DV=width_v,
+        CAUSAL=causal,
+        BLOCK_D=block_of(width),
+        BLOCK_DV=block_of(width_v),
+        UPCAST=_interpreted(kernel) and q.dtype == torch.bfloat16,
+        **config.constants,
+        num_warps=config.warps,
+        num_stages=config.stages,
     )
     return out
 

@@ -5,7 +5,7 @@ Lu et al., CVPR 2026, https://arxiv.org/abs/2509.14476. Images, videos and voxel
 continuous latents or with codes.
 
 Reference: apple/ml-atoken at 3f5afdc1256e9baa53fc6cab5381d6215f5a4455 (atoken_inference/model/), read, not copied.
-Known differences: latents are the posterior's mean unless noise is given; windows of time are one masked attention, not
+Known differences: latents are the posterior's mean unless noise is given; windows of time are one ragged attention, not
 a loop; the Gaussian decoder of voxels and the text tower are not here; only what is released is ("joint" positions,
 "full" attention, FSQ, no cache between windows).
 """
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiled_attn.ops import ragged_attention
 from compiled_attn.zoo.paper import Paper, Published
 
 SIDE = 16  # of the learned table of places
@@ -75,13 +76,14 @@ class Tokens(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What a tower needs of the tokens' places.
+    """What a tower needs of the tokens' places, tokens that see one another side by side.
 
-    seen [N, N]: which tokens see one another; cos, sin [N, D / 2]: of the rotary angles; rows [N, SIDE * SIDE]: how
-    each token mixes the table of places.
+    order [N]: the tokens' numbers in that order; begins [N + 1]: where each group of them begins, the last ones empty;
+    cos, sin [N, D / 2]: of the rotary angles; rows [N, SIDE * SIDE]: how each token mixes the table of places.
     """
 
-    seen: Tensor
+    order: Tensor
+    begins: Tensor
     cos: Tensor
     sin: Tensor
     rows: Tensor
@@ -89,14 +91,31 @@ class Places(NamedTuple):
 
 def locate(place: Tensor, head_width: int, steps: int) -> Places:
     """Windows of `steps` steps of time from the first one on; angles with time counted within the window."""
-    sample, x, y, z = (place[:, i] for i in (0, 2, 3, 4))
     step = place[:, 1] - place[:, 1].amin(dim=0)
     window, step = step // steps, step % steps
-    seen = (sample[:, None] == sample) & (window[:, None] == window)
+    key = place[:, 0] * (window.amax(dim=0) + 1) + window  # of what sees one another: a sample's window
+    order = in_order(key)
+    key = key[order]
+    group = (F.pad(key[:-1], (1, 0), value=-1) != key).cumsum(dim=0) - 1
+    begins = offsets(group, key)
+    step, x, y, z = (axis[order] for axis in (step, place[:, 2], place[:, 3], place[:, 4]))
     rate = BASE ** (-torch.arange(head_width // 8, device=place.device) / head_width)
     angle = torch.cat([axis[:, None].float() * rate for axis in (step, x, y, z)], dim=1)
-    rows, columns = (resampling(axis, (seen * axis).amax(dim=1) + 1) for axis in (x, y))
-    return Places(seen, angle.cos(), angle.sin(), (rows[:, :, None] * columns[:, None]).flatten(1))
+    most = (torch.zeros_like(axis).scatter_reduce(0, group, axis, "amax")[group] for axis in (x, y))
+    rows, columns = (resampling(axis, last + 1) for axis, last in zip((x, y), most, strict=True))
+    return Places(order, begins, angle.cos(), angle.sin(), (rows[:, :, None] * columns[:, None]).flatten(1))
+
+
+def in_order(key: Tensor) -> Tensor:
+    """The numbers of whole keys [N] by rising key, equal ones as they stand."""
+    place = torch.ones_like(key).cumsum(dim=0)
+    return (key * key.shape[0] + place).argsort(dim=0)
+
+
+def offsets(group: Tensor, groups: Tensor) -> Tensor:
+    """Where each of G groups begins [G + 1] when tokens lie in the order of their `group` [N]; groups [G]."""
+    counts = torch.zeros_like(groups).scatter_add(0, group, torch.ones_like(group))
+    return F.pad(counts.cumsum(dim=0), (1, 0))
 
 
 def resampling(index: Tensor, size: Tensor) -> Tensor:
@@ -158,13 +177,9 @@ def rotate(x: Tensor, places: Places) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Attention of packed q [M, H, D] to packed k and v [N, H, D] where seen [M, N]: [M, H * D].
-
-    The one place that knows that a batch is one long sequence with a mask.
-    """
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1).flatten(1)
+def attend(q: Tensor, k: Tensor, v: Tensor, q_begins: Tensor, k_begins: Tensor) -> Tensor:
+    """Attention of packed q [M, H, D] to packed k and v [N, H, D] within each group of rows: [M, H * D]."""
+    return ragged_attention(q, k, v, q_begins, k_begins, scale=q.shape[2] ** -0.5).flatten(1)
 
 
 class Attention(nn.Module):
@@ -181,7 +196,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, places: Places) -> Tensor:
         q, k, v = self.to_qkv(x).unflatten(1, (3, self.heads, -1)).unbind(dim=1)
         q, k = rotate(self.q_rms_norm(q), places), rotate(self.k_rms_norm(k), places)
-        return self.to_out(attend(q, k, v, places.seen))
+        return self.to_out(attend(q, k, v, places.begins, places.begins))
 
 
 class Mlp(nn.Module):
@@ -227,11 +242,11 @@ class Transformer(nn.Module):
 
     def trunk(self, tokens: Tokens) -> Tensor:
         places = locate(tokens.place, self.head_width, self.steps)
-        x = self.input_layer(tokens.x)
+        x = self.input_layer(tokens.x[places.order])
         x = x + self.pos_embedder(places).to(x.dtype)
         for block in self.blocks:
             x = block(x, places)
-        return x
+        return torch.zeros_like(x).index_copy(0, places.order, x)
 
 
 class CrossAttention(nn.Module):
@@ -246,10 +261,11 @@ class CrossAttention(nn.Module):
         self.q_rms_norm = HeadNorm(tower.heads, tower.width // tower.heads) if tower.qk_norm else nn.Identity()
         self.k_rms_norm = HeadNorm(tower.heads, tower.width // tower.heads) if tower.qk_norm else nn.Identity()
 
-    def forward(self, probe: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, probe: Tensor, x: Tensor, samples: Tensor, begins: Tensor) -> Tensor:
+        """probe [B, C], one a sample; x [N, C] in the order of samples [B], each from begins [B + 1]."""
         q = self.q_rms_norm(self.to_q(probe).unflatten(1, (self.heads, -1)))
         k, v = self.to_kv(x).unflatten(1, (2, self.heads, -1)).unbind(dim=1)
-        return self.to_out(attend(q, self.k_rms_norm(k), v, seen))
+        return self.to_out(attend(q, self.k_rms_norm(k), v, F.pad(samples + 1, (1, 0)), begins))
 
 
 class Head(nn.Module):
@@ -265,7 +281,9 @@ class Head(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """Image features [B, C] of the samples."""
         probes = self.probe.expand(tokens.samples.shape[0], -1)
-        x = self.attention(probes, tokens.x, tokens.samples[:, None] == tokens.place[:, 0])
+        order = in_order(tokens.place[:, 0])
+        begins = offsets(tokens.place[:, 0], tokens.samples)
+        x = self.attention(probes, tokens.x[order], tokens.samples, begins)
         return x + self.mlp(self.layernorm(x))
 
 

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiled_attn.ops import pack_tokens, ragged_attention, unpack_tokens
 from compiled_attn.zoo.layers.keras import Conv1D, Dense
 from compiled_attn.zoo.layers.mha import MultiheadAttention
 from compiled_attn.zoo.paper import Paper, Published
 
 EPSILON = 1e-8  # of every LayerNorm
-MASKED = -(2.0**32) + 1  # the score of a key that must not be seen, as TensorFlow's code writes it
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,10 @@ class Norm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention without an output map: queries of normalised rows, keys and values of the rows as they are."""
+    """Attention without an output map: queries of normalised rows, keys and values of the rows as they are.
+
+    Rows [T, C] are the real items of all sequences, each from begins [B + 1] on.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -178,14 +181,14 @@ class SelfAttention(nn.Module):
         self.dense_1 = Dense(width, width)
         self.dense_2 = Dense(width, width)
 
-    def forward(self, query: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = self.dense(query), self.dense_1(x), self.dense_2(x)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    def forward(self, query: Tensor, x: Tensor, begins: Tensor, longest: int) -> Tensor:
+        q, k, v = (t.unflatten(1, (self.heads, -1)) for t in (self.dense(query), self.dense_1(x), self.dense_2(x)))
+        scale = q.shape[2] ** -0.5
+        return ragged_attention(q, k, v, begins, begins, scale=scale, causal=True, longest=longest).flatten(1)
 
 
 class FeedForward(nn.Module):
-    """The MLP; TensorFlow's code names its scope multihead_attention too."""
+    """The MLP on rows [T, C], convolutions of one step; TensorFlow's code names its scope multihead_attention too."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -193,11 +196,12 @@ class FeedForward(nn.Module):
         self.conv1d_1 = Conv1D(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv1d_1(F.relu(self.conv1d(x)))
+        inner, outer = self.conv1d, self.conv1d_1
+        return F.linear(F.relu(F.linear(x, inner.kernel[0].T, inner.bias)), outer.kernel[0].T, outer.bias)
 
 
 class Block(nn.Module):
-    """One block of the official code: residuals start at the normalised rows, rows of pads end as zero."""
+    """One block of the official code, on real rows: residuals start at the normalised ones."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -206,10 +210,10 @@ class Block(nn.Module):
         self.ln_1 = Norm(width)
         self.multihead_attention = FeedForward(width)
 
-    def forward(self, x: Tensor, bias: Tensor, real: Tensor) -> Tensor:
+    def forward(self, x: Tensor, begins: Tensor, longest: int) -> Tensor:
         query = self.ln(x)
-        x = self.ln_1(query + self.self_attention(query, x, bias))
-        return (x + self.multihead_attention(x)) * real
+        x = self.ln_1(query + self.self_attention(query, x, begins, longest))
+        return x + self.multihead_attention(x)
 
 
 class Scope(nn.Module):
@@ -225,7 +229,10 @@ class Scope(nn.Module):
 
 
 class OfficialSASRec(Recommender):
-    """The official network: pads are masked as keys and zero as rows; item 0 is the zero vector wherever it is read."""
+    """The official network: item 0 is the zero vector wherever it is read.
+
+    Pads are masked as keys and zero as rows there; here they are left out, and zero again in front of the last norm.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -241,12 +248,10 @@ class OfficialSASRec(Recommender):
         real = sequence != 0
         place = torch.ones_like(sequence).cumsum(dim=1) - 1
         x = self.table()[sequence] * self.config.width**0.5 + self.SASRec.dec_pos.lookup_table[place]
-        seen = real[:, None, :] & (place[:, :, None] >= place[:, None, :])
-        bias = torch.zeros_like(x[:, :1, :1]).masked_fill(~seen, MASKED).unsqueeze(1)  # [B, 1, L, L]
-        real = real.unsqueeze(-1)
-        x = x * real
+        rows, where, begins = pack_tokens(x, real)
         for index in range(self.config.depth):
-            x = self.SASRec.get_submodule(f"num_blocks_{index}")(x, bias, real)
+            rows = self.SASRec.get_submodule(f"num_blocks_{index}")(rows, begins, sequence.shape[1])
+        x = unpack_tokens(rows, where, torch.zeros_like(x))
         return self.SASRec.ln(x)
 
 

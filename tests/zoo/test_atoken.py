@@ -102,7 +102,14 @@ def test_angles_are_time_in_the_window_then_rows_columns_and_depth() -> None:
         angles = [axis / 10000 ** (i / 16) for axis in (t, x, y, z) for i in range(2)]
         torch.testing.assert_close(found.cos[row], torch.tensor([math.cos(a) for a in angles]), rtol=0, atol=1e-6)
         torch.testing.assert_close(found.sin[row], torch.tensor([math.sin(a) for a in angles]), rtol=0, atol=1e-6)
-    assert found.seen.tolist() == [[True, False], [False, True]]
+    assert found.order.tolist() == [0, 1] and found.begins.tolist() == [0, 1, 2]
+
+
+def test_tokens_of_one_sample_and_window_stand_side_by_side_in_their_order() -> None:
+    place = torch.tensor([[s, t, 0, 0, 0] for s, t in ((1, 5), (0, 0), (1, 0), (0, 9), (1, 7), (0, 1))])
+    found = locate(place, 16, 4)
+    assert found.order.tolist() == [1, 5, 3, 2, 0, 4]
+    assert found.begins.tolist() == [0, 2, 3, 4, 6, 6, 6]
 
 
 def test_pictures_are_cut_around_the_centre_filled_up_in_time_and_put_together_again() -> None:

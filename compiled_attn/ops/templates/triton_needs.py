@@ -6,7 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from compiled_attn.ops.templates import triton_attention, triton_class_row, triton_select_tokens
+from compiled_attn.ops.templates import (
+    triton_attention,
+    triton_class_row,
+    triton_ragged_attention,
+    triton_select_tokens,
+)
 from compiled_attn.ops.templates.triton_config import Config, MachineCode, block_of, recorded
 
 
@@ -55,8 +60,16 @@ def _select(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[
     return [(triton_select_tokens.KERNEL, case, triton_select_tokens.chosen(args, kwargs, target)[0])]
 
 
+def _ragged(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
+    q, _, v = args[:3]
+    block = max(block_of(q.shape[-1]), block_of(v.shape[-1]))
+    case = triton_ragged_attention.case(q.dtype, block, causal=kwargs.get("causal", False))
+    return [(triton_ragged_attention.KERNEL, case, triton_ragged_attention.chosen(args, kwargs, target)[0])]
+
+
 _CHOSEN: dict[str, Callable[..., list[tuple[str, str, Config]]]] = {
     "attention": _attention,
     "attention_with_class_row": _class_row,
+    "ragged_attention": _ragged,
     "select_tokens": _select,
 }
