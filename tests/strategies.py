@@ -12,6 +12,7 @@ from typing import Any
 import cache_strategies
 import depthwise_strategies
 import local_strategies
+import neighborhood_strategies
 import ragged_strategies
 import torch
 from hypothesis import strategies as st
@@ -261,6 +262,9 @@ INPUTS: dict[str, list[Inputs]] = {
         _linear_inputs(LinearSpec(activation="gelu_tanh")),
     ],
     "local_attention": [Inputs(name, spec.make, spec.options) for name, spec in local_strategies.CASES.items()],
+    "neighborhood_apply": [
+        Inputs(name, spec.make, spec.options) for name, spec in neighborhood_strategies.CASES.items()
+    ],
     "depthwise_block": [Inputs(name, spec.make, spec.options) for name, spec in depthwise_strategies.CASES.items()],
     "pack_tokens": [Inputs(name, spec.tensors, {}) for name, spec in ragged_strategies.PACK.items()],
     "unpack_tokens": [Inputs(name, spec.packed, {}) for name, spec in ragged_strategies.PACK.items()],
@@ -323,6 +327,7 @@ BAD_INPUTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         (_bad_linear(bias=torch.zeros(10).bfloat16()), "bias holds torch.bfloat16"),
     ],
     "local_attention": local_strategies.BAD,
+    "neighborhood_apply": neighborhood_strategies.BAD,
     "depthwise_block": depthwise_strategies.BAD,
     **ragged_strategies.BAD,
     **cache_strategies.BAD,

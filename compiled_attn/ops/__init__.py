@@ -6,6 +6,7 @@ from compiled_attn.ops.cache import cache_append, cache_evict, cached_attention
 from compiled_attn.ops.depthwise import depthwise_block
 from compiled_attn.ops.linear import packed_linear
 from compiled_attn.ops.local import local_attention
+from compiled_attn.ops.neighborhood import neighborhood_apply
 from compiled_attn.ops.ragged import pack_tokens, ragged_attention, unpack_tokens
 from compiled_attn.ops.tokens import select_tokens
 
@@ -19,6 +20,7 @@ __all__ = [
     "cached_attention",
     "depthwise_block",
     "local_attention",
+    "neighborhood_apply",
     "pack_tokens",
     "packed_linear",
     "ragged_attention",

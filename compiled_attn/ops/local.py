@@ -56,7 +56,7 @@ def local_reference(
     axes = _check(q, k, v, bias, relative, pattern)
     wide = widened(q.dtype)
     found = [slots(a, q.shape[1 + i], k.shape[1 + i], q.device, single=True) for i, a in enumerate(axes)]
-    keys, values = (_gathered(x.to(wide), found) for x in (k, v))  # [B, *L, H, K, D]
+    keys, values = (gathered(x.to(wide), found) for x in (k, v))  # [B, *L, H, K, D]
     scores = torch.einsum("...d,...kd->...k", q.to(wide), keys) * scale  # [B, *L, H, K]
     seen = _joined([s.seen.squeeze(1) for s in found])  # [*L, K]
     if bias is not None:
@@ -146,7 +146,7 @@ def local_decomposition(
     if all(a.together == 1 for a in axes):
         return _query_by_query(q, k, v, bias, relative, axes, found, scale)
     queries = _in_blocks(q, axes)  # [B, *G, H, P, D]
-    keys, values = (_gathered(x, found) for x in (k, v))  # [B, *G, H, K, D]
+    keys, values = (gathered(x, found) for x in (k, v))  # [B, *G, H, K, D]
     scores = (queries.to(wide) @ keys.to(wide).transpose(-2, -1)) * scale  # [B, *G, H, P, K]
     if bias is not None:
         scores = scores + torch.where(_tabled(found), _block_bias(bias.to(wide), found), 0.0)
@@ -174,7 +174,7 @@ def _query_by_query(
     """Sums over gathered keys that Inductor fuses: the axes of the window are never joined into one."""
     rank, wide = len(axes), widened(q.dtype)
     slot_dims = list(range(-rank, 0))
-    keys, values = (_gathered(x, found, joined=False).to(wide) for x in (k, v))  # [B, *L, H, *w, D]
+    keys, values = (gathered(x, found, joined=False).to(wide) for x in (k, v))  # [B, *L, H, *w, D]
     queries = q.to(wide)[(..., *[None] * rank, slice(None))]
     scores = (queries * keys).sum(-1) * scale  # [B, *L, H, *w]
     if bias is not None:
@@ -218,7 +218,7 @@ local_attention = define(
 )
 
 
-def _gathered(x: Tensor, found: Sequence[Slots], *, joined: bool = True) -> Tensor:
+def gathered(x: Tensor, found: Sequence[Slots], *, joined: bool = True) -> Tensor:
     """[B, *L, H, D] -> each block's keys, [B, *G, H, K, D]; zeros where a slot lies beyond the border.
 
     Not joined, the slots stay one dimension for each axis.
@@ -368,7 +368,7 @@ def _check(
     want_equal(op, "the head width", "q", q.shape[-1], "k", k.shape[-1])
     for i in range(rank):
         want_equal(op, f"the size of spatial axis {i}", "k", k.shape[1 + i], "v", v.shape[1 + i])
-    _check_pattern(op, rank, pattern)
+    check_pattern(op, rank, pattern)
     axes = axes_of(rank, *pattern)
     for i, axis in enumerate(axes):
         want_equal(
@@ -399,7 +399,8 @@ def _want_shape(op: str, name: str, tensor: Tensor, wanted: tuple[Any, ...], let
         )
 
 
-def _check_pattern(op: str, rank: int, pattern: tuple[Any, ...]) -> None:
+def check_pattern(op: str, rank: int, pattern: tuple[Any, ...]) -> None:
+    """Raises OpError where window, stride, dilation, shift, block, border, causal and sinks clash."""
     window, stride, dilation, shift, block, border, causal, sinks = pattern
     named = {"window": window, "stride": stride, "dilation": dilation, "shift": shift, "block": block, "causal": causal}
     for name, values in named.items():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiled_attn import ops
 from compiled_attn.zoo.layers.conv import LayerNorm2d, conv_norm, depthwise, initialise
 from compiled_attn.zoo.layers.reparam import DilatedReparam
 from compiled_attn.zoo.paper import Paper, Published
@@ -322,13 +323,13 @@ def position_bias(table: Tensor, kernel: int, height: int, width: int) -> Tensor
 
 def mix_neighborhoods(logits: Tensor, table: Tensor, values: Tensor, kernel: int) -> Tensor:
     """Values [B, H, D, Y, X] averaged over K x K windows by the softmax of logits [B, H, K^2, Y * X] and bias."""
-    batch, heads, width_of_head, height, width = values.shape
+    heads, (height, width) = values.shape[1], values.shape[3:]
     bias = position_bias(table, kernel, height, width).reshape(heads, kernel * kernel, height * width)
-    weights = torch.softmax(logits + bias, dim=2).reshape(batch, heads, 1, kernel, kernel, height, width)
-    rows, columns = (neighbors(size, kernel, values.device).flatten() for size in (height, width))
-    windows = values.index_select(3, rows).index_select(4, columns)  # [B, H, D, Y * K, X * K]
-    windows = windows.reshape(batch, heads, width_of_head, height, kernel, width, kernel).permute(0, 1, 2, 4, 6, 3, 5)
-    return (windows * weights).sum((3, 4))
+    weights = torch.softmax(logits + bias, dim=2).transpose(1, 3).unflatten(1, (height, width))  # [B, Y, X, K^2, H]
+    mixed = ops.neighborhood_apply(
+        weights.transpose(3, 4).unsqueeze(4), values.permute(0, 3, 4, 1, 2), window=[kernel, kernel]
+    )  # [B, Y, X, H, 1, D]
+    return mixed.squeeze(4).permute(0, 3, 4, 1, 2)
 
 
 XT = Config((56, 112, 256, 336), (2, 2, 3, 2), (6, 2), (4, 6))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiled_attn import ops
 from compiled_attn.zoo.layers import vit
 from compiled_attn.zoo.layers.vit import Mlp, initialise
 from compiled_attn.zoo.paper import Paper, Published
@@ -74,19 +75,19 @@ class OutlookAttention(nn.Module):
         """Maps [B, Y, X, C]; y = ceil(Y / 2), x = ceil(X / 2) windows, the last ones reach beyond odd sizes."""
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), STRIDE, ceil_mode=True).permute(0, 2, 3, 1)
         weights = self.attn(pooled).unflatten(3, (self.heads, KERNEL**2, KERNEL**2))  # [B, y, x, H, 9, 9]
-        values = windows(self.v(x)).unflatten(4, (self.heads, -1)).transpose(3, 4)  # [B, y, x, H, 9, D]
-        mixed = (weights * self.scale).softmax(5) @ values
+        values = self.v(x).unflatten(3, (self.heads, -1))
+        values = F.pad(values, (0, 0, 0, 0, 0, x.shape[2] % STRIDE, 0, x.shape[1] % STRIDE))  # [B, 2 y, 2 x, H, D]
+        mixed = ops.neighborhood_apply(
+            (weights * self.scale).softmax(5),
+            values,
+            window=[KERNEL, KERNEL],
+            stride=[STRIDE, STRIDE],
+            block=[1, 1],
+            border="zero",
+        )  # [B, y, x, H, 9, D]
         mixed = mixed.unflatten(4, (KERNEL, KERNEL)).permute(4, 5, 0, 1, 2, 3, 6).flatten(5)  # [3, 3, B, y, x, C]
         rows = [sum_overlaps([mixed[i, j] for j in range(KERNEL)], dim=-2) for i in range(KERNEL)]  # [B, y, X, C]
         return self.proj(sum_overlaps(rows, dim=-3)[:, : x.shape[1], : x.shape[2]])
-
-
-def windows(x: Tensor) -> Tensor:
-    """The 3x3 pixels around every second pixel of a map [B, Y, X, C]: [B, y, x, 9, C], zeros beyond the edges."""
-    x = F.pad(x, (0, 0, 1, 1, 1, 1))
-    ends = [offset - KERNEL + 1 or None for offset in range(KERNEL)]
-    rows = [x[:, offset:end:STRIDE] for offset, end in enumerate(ends)]
-    return torch.stack([row[:, :, offset:end:STRIDE] for row in rows for offset, end in enumerate(ends)], dim=3)
 
 
 def sum_overlaps(parts: list[Tensor], dim: int) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiled_attn import zoo
-from compiled_attn.zoo.volo import PAPER, VOLO, ClassBlock, OutlookAttention, sum_overlaps, windows
+from compiled_attn import ops, zoo
+from compiled_attn.zoo.volo import PAPER, VOLO, ClassBlock, OutlookAttention, sum_overlaps
 
 
 def random(module: nn.Module) -> nn.Module:
@@ -50,9 +50,11 @@ def test_overlaps_are_counted_as_often_as_windows_hold_a_pixel(length: int) -> N
 
 
 def test_windows_hold_their_pixels_in_row_major_order() -> None:
-    x = torch.arange(1.0, 17.0).view(1, 4, 4, 1)
-    assert windows(x)[0, 0, 0, :, 0].tolist() == [0, 0, 0, 0, 1, 2, 0, 5, 6]
-    assert windows(x)[0, 1, 1, :, 0].tolist() == [6, 7, 8, 10, 11, 12, 14, 15, 16]
+    pixels = torch.arange(1.0, 17.0).view(1, 4, 4, 1, 1)
+    each = torch.eye(9).expand(1, 2, 2, 1, 9, 9)
+    seen = ops.neighborhood_apply(each, pixels, window=[3, 3], stride=[2, 2], block=[1, 1], border="zero")
+    assert seen[0, 0, 0, 0, :, 0].tolist() == [0, 0, 0, 0, 1, 2, 0, 5, 6]
+    assert seen[0, 1, 1, 0, :, 0].tolist() == [6, 7, 8, 10, 11, 12, 14, 15, 16]
 
 
 def test_half_of_the_strongest_token_is_added_to_each_class() -> None:
