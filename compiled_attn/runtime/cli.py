@@ -84,10 +84,52 @@ def list_papers() -> None:
     click.echo(aligned(rows))
 
 
+class Numbers(click.ParamType):
+    """`7` or `7,5`: one number for each axis."""
+
+    name = "NUMBERS"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        try:
+            return [int(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a number, or numbers between commas", param, ctx)
+
+
 @main.command()
 @click.argument("name")
-def show(name: str) -> None:
-    """Show a paper's record: title, link, reference, variants, published figures, checkpoint keys."""
+@click.option("--window", type=Numbers(), help="With local_attention: keys a query sees, e.g. 7 or 7,5.")
+@click.option("--stride", type=Numbers(), help="How far the window moves from block to block.")
+@click.option("--dilation", type=Numbers(), help="How far the keys of a window lie apart.")
+@click.option("--shift", type=Numbers(), help="Where the first whole block begins.")
+@click.option("--block", type=Numbers(), help="Queries that share a window; as many as --stride by default.")
+@click.option("--border", type=click.Choice(["clamp", "mask", "zero"]), default="clamp", help="Windows at the ends.")
+@click.option("--causal", is_flag=True, help="No key behind the query; for a sequence.")
+@click.option("--sinks", default=0, help="First keys of a sequence that every query sees.")
+@click.option("--size", type=Numbers(), default="15,15", show_default=True, help="Of the map; one number: a sequence.")
+@click.option("--query", type=Numbers(), help="Its place; the middle by default.")
+def show(name: str, size: list[int], query: list[int] | None, causal: bool, **options: Any) -> None:
+    """Show a paper's record: title, link, reference, variants, published figures, checkpoint keys.
+
+    `show local_attention --window 7 --dilation 2` draws which keys a query sees.
+    """
+    if name == "local_attention":
+        _show_pattern(size, query, causal, options)
+        return
+    _show_paper(name)
+
+
+def _show_pattern(size: list[int], query: list[int] | None, causal: bool, options: dict[str, Any]) -> None:
+    from compiled_attn.runtime.patterns import pattern_picture
+
+    if options["window"] is None:
+        raise click.UsageError("local_attention is drawn for a --window, e.g. --window 7")
+    rank = len(size)
+    each = {k: v * rank if isinstance(v, list) and len(v) == 1 else v for k, v in options.items()}
+    click.echo(pattern_picture(size, query, causal=[causal] * rank, **each))
+
+
+def _show_paper(name: str) -> None:
     from compiled_attn import zoo
     from compiled_attn.runtime.report import aligned
 

@@ -117,6 +117,12 @@ def test_a_copy_that_is_wrong_in_one_constant_stays_and_says_why(options, becaus
     assert [miss.because for miss in notes.misses] == [because]
 
 
+def test_a_bias_that_differs_in_its_last_bit_from_place_to_place_is_one_of_distance():
+    torch.manual_seed(0)
+    _, _, after, notes = raised(Windowed(bend=1e-7), torch.randn(2, 8, 12, 8))
+    assert len(locals_of(after)) == 1 and not notes.misses
+
+
 def test_every_windowed_block_of_a_stock_swin_is_raised_and_its_rolls_are_gone():
     """The last stage is one window: plain attention, as its sentence says."""
     import torchvision_shim  # noqa: F401
