@@ -31,16 +31,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compiled_attn.ir import targets
-from compiled_attn.ops.kernels import attention, class_row, ragged_attention, select_tokens
+from compiled_attn.ops.kernels import attention, class_row, depthwise, ragged_attention, select_tokens
 from compiled_attn.ops.templates import (
     triton_attention,
     triton_class_row,
+    triton_depthwise,
     triton_ragged_attention,
     triton_select_tokens,
 )
 from compiled_attn.ops.templates.triton_config import BLOCKS, KERNELS, RECORD, SM_LEAST, Config, MachineCode, offered
 
-SOURCES = ("attention.py", "class_row.py", "ragged_attention.py", "select_tokens.py")
+SOURCES = ("attention.py", "class_row.py", "depthwise.py", "ragged_attention.py", "select_tokens.py")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {t.sm: t.shared_bytes_per_block for t in map(targets.load, targets.names()) if t.sm >= SM_LEAST}
 
@@ -67,7 +68,7 @@ class Case:
             if argument.endswith("_ptr"):
                 types[argument] = "*" + pointers.get(argument, element)
             else:
-                types[argument] = "fp32" if argument == "scale" else "i32"
+                types[argument] = "fp32" if argument in ("scale", "eps") else "i32"
         return types
 
 
@@ -126,6 +127,21 @@ def cases() -> Iterator[Case]:
                 dtype,
                 triton_select_tokens.configs(),
                 (("FUSE", fuse), ("stride_xc", 1), ("stride_sm", 1)),
+            )
+        for block in (0, *triton_depthwise.NORM_BLOCKS):
+            parts = ("HAS_BIAS", "HAS_GATE", "HAS_RESIDUAL", "NORM_WEIGHT", "NORM_BIAS")
+            yield Case(
+                triton_depthwise.KERNEL,
+                triton_depthwise.case(dtype, block),
+                depthwise.depthwise,
+                dtype,
+                triton_depthwise.configs(block),
+                (
+                    *((part, True) for part in parts),
+                    ("NORM", block > 0),
+                    ("ACTIVATION", "gelu"),
+                    *((f"stride_{x}", 1) for x in ("xc", "gc", "rc")),
+                ),
             )
     yield Case(
         triton_class_row.MEAN_KERNEL,

@@ -15,9 +15,11 @@ import torch
 
 from compiled_attn.ir import targets
 from compiled_attn.ir.errors import TargetError
+from compiled_attn.ops.depthwise import depthwise_shape
 from compiled_attn.ops.templates import (
     triton_attention,
     triton_class_row,
+    triton_depthwise,
     triton_ragged_attention,
     triton_select_tokens,
 )
@@ -59,6 +61,7 @@ def _operators() -> dict[str, Any]:
     launches: dict[str, Any] = {
         "attention": _attention,
         "attention_with_class_row": _attention_with_class_row,
+        "depthwise_block": _depthwise_block,
         "ragged_attention": _ragged_attention,
         "select_tokens": _select_tokens,
     }
@@ -112,6 +115,27 @@ def _ragged_attention(
     return ragged_attention(q, k, v, q_offsets, k_offsets, scale=scale, causal=causal, config=config)
 
 
+def _depthwise_block(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    norm_eps: float | None,
+    target: str,
+) -> torch.Tensor:
+    config = triton_depthwise.chosen((x, weight), {"norm_eps": norm_eps}, targets.load(target))[0]
+    tensors = (x, weight, bias, gate, residual, norm_weight, norm_bias)
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    return depthwise_block(*tensors, **options, activation=activation, norm_eps=norm_eps, config=config)
+
+
 def _call_attention(
     launch: Any, target: str, q: Any, k: Any, v: Any, bias: Any = None, *, scale: float, causal: bool = False
 ) -> Any:
@@ -147,9 +171,31 @@ def _call_ragged(
     return launch(q, k, v, q_offsets, k_offsets, scale, causal, target)
 
 
+def _call_depthwise(
+    launch: Any,
+    target: str,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    gate: Any = None,
+    residual: Any = None,
+    norm_weight: Any = None,
+    norm_bias: Any = None,
+    *,
+    stride: Any = (1, 1),
+    padding: Any = (0, 0),
+    dilation: Any = (1, 1),
+    activation: str = "none",
+    norm_eps: float | None = None,
+) -> Any:
+    pairs = (list(stride), list(padding), list(dilation))
+    return launch(x, weight, bias, gate, residual, norm_weight, norm_bias, *pairs, activation, norm_eps, target)
+
+
 _CALLS: dict[str, Callable[..., Any]] = {
     "attention": _call_attention,
     "attention_with_class_row": _call_class_row,
+    "depthwise_block": _call_depthwise,
     "ragged_attention": _call_ragged,
     "select_tokens": _call_select,
 }
@@ -331,6 +377,60 @@ def select_tokens(
         num_stages=config.stages,
     )
     return out, index
+
+
+def depthwise_block(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    *,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+    norm_eps: float | None,
+    config: Config,
+) -> torch.Tensor:
+    """x [B,C,Y,X], weight [I,J,C], the maps [B,C,Y',X'], the others [C] -> [B,C,Y',X'], memory [B,Y',X',C]."""
+    from compiled_attn.ops.kernels.depthwise import depthwise as kernel
+
+    tensors = (x, weight, bias, gate, residual, norm_weight, norm_bias)
+    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    out = depthwise_shape(*tensors, **pairs, activation=activation, norm_eps=norm_eps)
+    batch, channels, rows, columns = out.shape
+    _run(kernel, triton_depthwise.grid(config, batch, channels, rows, columns))(
+        x,
+        weight.contiguous(),
+        *(x if t is None else t for t in (bias, gate, residual, norm_weight, norm_bias)),
+        out,
+        *x.stride(),
+        *(0, 0, 0, 0) if gate is None else gate.stride(),
+        *(0, 0, 0, 0) if residual is None else residual.stride(),
+        channels,
+        *x.shape[2:],
+        rows,
+        columns,
+        *weight.shape[:2],
+        *stride,
+        *padding,
+        *dilation,
+        0.0 if norm_eps is None else norm_eps,
+        HAS_BIAS=bias is not None,
+        HAS_GATE=gate is not None,
+        HAS_RESIDUAL=residual is not None,
+        NORM=norm_eps is not None,
+        NORM_WEIGHT=norm_weight is not None,
+        NORM_BIAS=norm_bias is not None,
+        ACTIVATION=activation,
+        **config.constants,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
 
 
 def _run(kernel: Any, grid: tuple[Any, ...]) -> Callable[..., Any]:

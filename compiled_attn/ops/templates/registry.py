@@ -15,6 +15,7 @@ from compiled_attn.ops.templates import (
     cpp_select_tokens,
     triton_attention,
     triton_class_row,
+    triton_depthwise,
     triton_ragged_attention,
     triton_select_tokens,
 )
@@ -31,6 +32,7 @@ TEMPLATES: list[Template] = [
     cpp_select_tokens.TEMPLATE,
     triton_attention.TEMPLATE,
     triton_class_row.TEMPLATE,
+    triton_depthwise.TEMPLATE,
     triton_ragged_attention.TEMPLATE,
     triton_select_tokens.TEMPLATE,
 ]

@@ -9,6 +9,7 @@ from typing import Any
 from compiled_attn.ops.templates import (
     triton_attention,
     triton_class_row,
+    triton_depthwise,
     triton_ragged_attention,
     triton_select_tokens,
 )
@@ -67,9 +68,15 @@ def _ragged(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[
     return [(triton_ragged_attention.KERNEL, case, triton_ragged_attention.chosen(args, kwargs, target)[0])]
 
 
+def _depthwise(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
+    case = triton_depthwise.case(args[0].dtype, triton_depthwise.norm_block(args, kwargs))
+    return [(triton_depthwise.KERNEL, case, triton_depthwise.chosen(args, kwargs, target)[0])]
+
+
 _CHOSEN: dict[str, Callable[..., list[tuple[str, str, Config]]]] = {
     "attention": _attention,
     "attention_with_class_row": _class_row,
+    "depthwise_block": _depthwise,
     "ragged_attention": _ragged,
     "select_tokens": _select,
 }
