@@ -132,7 +132,7 @@ def _depthwise_block(
 ) -> torch.Tensor:
     config = triton_depthwise.chosen((x, weight), {"norm_eps": norm_eps}, targets.load(target))[0]
     tensors = (x, weight, bias, gate, residual, norm_weight, norm_bias)
-    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     return depthwise_block(*tensors, **options, activation=activation, norm_eps=norm_eps, config=config)
 
 
@@ -399,7 +399,7 @@ def depthwise_block(
     from compiled_attn.ops.kernels.depthwise import depthwise as kernel
 
     tensors = (x, weight, bias, gate, residual, norm_weight, norm_bias)
-    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    pairs: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     out = depthwise_shape(*tensors, **pairs, activation=activation, norm_eps=norm_eps)
     batch, channels, rows, columns = out.shape
     _run(kernel, triton_depthwise.grid(config, batch, channels, rows, columns))(
