@@ -28,9 +28,8 @@ from compiled_attn.ir.program import Program
 from compiled_attn.passes.follow import END, Lost, tokens_in
 from compiled_attn.passes.follow_packed import FollowPacked, Packed
 from compiled_attn.passes.packed_scores import packed_norms, packed_score
-from compiled_attn.passes.reorganize_tokens import _with_outputs
 from compiled_attn.passes.token_scores import Cursor, attention_score, token_norms
-from compiled_attn.passes.token_stages import check_dense, check_score, checked_trunk, refusal
+from compiled_attn.passes.token_stages import check_dense, check_score, checked_trunk, refusal, with_outputs
 from compiled_attn.passes.trunk import Block, depends, find_trunk, sources_of, user_inputs
 
 if TYPE_CHECKING:
@@ -260,4 +259,4 @@ def with_kept_masks(program: Program) -> Program:
         blank = here(aten.full.default, [total], False, **kinds)
         mark = here(aten.index_fill.int_Scalar, blank, 0, place, 1)
         outputs.append(here(aten.reshape.default, mark, [-1, count]))
-    return _with_outputs(program, edit, outputs)
+    return with_outputs(program, edit, outputs)

@@ -16,23 +16,21 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
-from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
-from torch.utils import _pytree as pytree
 
 from compiled_attn.ir import _torch
 from compiled_attn.ir.errors import PassError
 from compiled_attn.ir.notes import Notes, place
 from compiled_attn.ir.op import NAMESPACE
-from compiled_attn.ir.program import Edit, Program
+from compiled_attn.ir.program import Program
 from compiled_attn.passes.follow import END, Follow, Lost, Stage, tokens_in
 from compiled_attn.passes.token_scores import Cursor, attention_score, token_norms
-from compiled_attn.passes.token_stages import check_dense, check_score, checked_trunk, refusal
+from compiled_attn.passes.token_stages import check_dense, check_score, checked_trunk, refusal, with_outputs
 from compiled_attn.passes.trunk import Block, depends, find_trunk, sources_of, user_inputs
 
 if TYPE_CHECKING:
@@ -230,25 +228,4 @@ def with_kept_patches(program: Program) -> Program:
         positions = compose(here, positions, index, count if fused else None)
         own = here(aten.slice.Tensor, positions, 1, 0, -1) if fused else positions
         outputs.append(here(operator.getitem, here(aten.sort.default, own, 1), 0))
-    return _with_outputs(program, edit, outputs)
-
-
-def _with_outputs(program: Program, edit: Edit, extra: list[fx.Node]) -> Program:
-    """The draft's program with a list of tensors as a second output."""
-    output = next(n for n in edit.graph.nodes if n.op == "output")
-    output.args = ((*output.args[0], *extra),)
-    arguments = [TensorArgument(n.name) for n in extra]
-    specs = [OutputSpec(OutputKind.USER_OUTPUT, a, None) for a in arguments]
-    entry = program.call_graph[0]
-    inner = pytree.tree_unflatten([0] * program.out_spec.num_leaves, program.out_spec)
-    signature = replace(
-        entry.signature,
-        outputs=[*entry.signature.outputs, *arguments],
-        out_spec=pytree.tree_structure((inner, [0] * len(extra))),
-    )
-    edit.program = replace(
-        program,
-        signature=replace(program.signature, output_specs=[*program.signature.output_specs, *specs]),
-        call_graph=(replace(entry, signature=signature), *program.call_graph[1:]),
-    )
-    return edit.finish("kept-patches")
+    return with_outputs(program, edit, outputs)

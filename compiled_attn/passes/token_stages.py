@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
+from torch import fx
+from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
+from torch.utils import _pytree as pytree
 
 from compiled_attn.ir.errors import PassError
 from compiled_attn.ir.notes import place, user_line
 from compiled_attn.ir.op import NAMESPACE
-from compiled_attn.ir.program import Edit
+from compiled_attn.ir.program import Edit, Program
 from compiled_attn.passes.follow import Lost
 from compiled_attn.passes.token_scores import SCORES
 from compiled_attn.passes.trunk import Trunk
@@ -84,3 +88,24 @@ def refusal(item: Staged, lost: Lost) -> PassError:
         facts=lost.because,
         do="leave out tokens only behind the blocks whose tokens are read elsewhere (at=), or leave the pass out",
     )
+
+
+def with_outputs(program: Program, edit: Edit, extra: list[fx.Node]) -> Program:
+    """The draft's program with a list of tensors as a second output."""
+    output = next(n for n in edit.graph.nodes if n.op == "output")
+    output.args = ((*output.args[0], *extra),)
+    arguments = [TensorArgument(n.name) for n in extra]
+    specs = [OutputSpec(OutputKind.USER_OUTPUT, a, None) for a in arguments]
+    entry = program.call_graph[0]
+    inner = pytree.tree_unflatten([0] * program.out_spec.num_leaves, program.out_spec)
+    signature = replace(
+        entry.signature,
+        outputs=[*entry.signature.outputs, *arguments],
+        out_spec=pytree.tree_structure((inner, [0] * len(extra))),
+    )
+    edit.program = replace(
+        program,
+        signature=replace(program.signature, output_specs=[*program.signature.output_specs, *specs]),
+        call_graph=(replace(entry, signature=signature), *program.call_graph[1:]),
+    )
+    return edit.finish("kept-tokens")
