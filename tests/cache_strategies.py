@@ -84,7 +84,7 @@ class CacheSpec:
 
 
 @st.composite
-def cache_specs(draw: st.DrawFn) -> CacheSpec:
+def cache_specs(draw: st.DrawFn, widest: int = 20) -> CacheSpec:
     slots = draw(st.integers(1, 20))
     live = draw(st.integers(0, slots))
     new = draw(st.one_of(st.just(1), st.integers(1, 9)))
@@ -96,8 +96,8 @@ def cache_specs(draw: st.DrawFn) -> CacheSpec:
         live=live,
         past=draw(st.integers(max(live, 1), 40)),
         new=new,
-        width=draw(st.integers(1, 20)),
-        value_width=draw(st.integers(1, 20)),
+        width=draw(st.integers(1, widest)),
+        value_width=draw(st.integers(1, widest)),
         padded=draw(st.integers(0, new)),
         options={
             "scale": draw(st.sampled_from([0.1, 1.0])),

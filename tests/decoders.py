@@ -61,13 +61,18 @@ STOCK: dict[str, Callable[[], nn.Module]] = {"llama": _llama, "qwen2": _qwen2, "
 
 
 @cache
-def decoder(name: str) -> nn.Module:
-    """The model with lively weights, in float64, so that no rounding changes an order."""
+def stock(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model with lively weights, in inference mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = STOCK[name]().eval().double()
+        model = STOCK[name]().eval().to(dtype)
         enliven(model)
     return model.requires_grad_(False)
+
+
+def decoder(name: str) -> nn.Module:
+    """The model in float64, so that no rounding changes an order."""
+    return stock(name, torch.float64)
 
 
 @cache

@@ -532,6 +532,17 @@ def register_inductor_lowering(overload: Any, lowering: Callable[..., Any]) -> N
     register_lowering(overload, type_promotion_kind=None)(lowered)
 
 
+def inductor_copy(value: Any) -> Any:
+    """Inside a lowering: a copy in a buffer of its own, for what is written into later on.
+
+    A template of several outputs may read no buffer that a later kernel mutates: Inductor's scheduler then makes that
+    kernel a user of the template's own buffer, which it asserts to have outputs only (torch 2.13).
+    """
+    from torch._inductor import ir
+
+    return ir.ExternKernel.copy_input(value)
+
+
 def inductor_expand(value: Any, sizes: list[Any]) -> Any:
     """Inside a lowering: a value broadcast to `sizes` as a view."""
     from torch._inductor.lowering import expand

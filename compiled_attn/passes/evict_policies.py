@@ -247,7 +247,8 @@ def pyramid(budget: int, layers: int, *, narrowing: float = 20.0) -> tuple[int, 
     """Budgets that fall linearly from layer to layer around the mean `budget` (PyramidKV, Cai et al., arXiv 2406.02069,
     section 4.1): the last layer gets `budget / narrowing`, the first what makes the mean right.
     """
+    if layers == 1:
+        return (budget,)
     last = max(1, int(budget / narrowing))
     first = 2 * budget - last
-    steps = max(layers - 1, 1)
-    return tuple(round(first - (first - last) * i / steps) for i in range(layers))
+    return tuple(round(first - (first - last) * i / (layers - 1)) for i in range(layers))

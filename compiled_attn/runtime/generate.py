@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compiled_attn.ir import _torch, targets
 from compiled_attn.ir.errors import CaptureError, ContractError
 from compiled_attn.ir.notes import Notes
+from compiled_attn.ir.op import op_of
 from compiled_attn.ir.program import Program
 from compiled_attn.passes.base import run_passes
 from compiled_attn.passes.evict_kv import EvictKV
@@ -32,6 +33,7 @@ from compiled_attn.runtime.decoder import Step, step_inputs
 from compiled_attn.runtime.describe import call_of
 from compiled_attn.runtime.export import export
 from compiled_attn.runtime.load import load
+from compiled_attn.runtime.lower import inline
 
 FILES = ("prompt.pt2", "step.pt2")
 
@@ -122,7 +124,13 @@ def _eager(step: Step, item: EvictKV, *, prompt: bool, batch: int | None) -> Pro
 
 
 def _runner(program: Program) -> Callable[..., Tensor]:
-    module = _torch.quiet_module(program.to_exported())
+    """The program node by node, vocabulary ops by their decompositions: the references are loops."""
+    edit = program.edit()
+    for node in list(edit.graph.nodes):
+        op = op_of(node.target) if node.op == "call_function" else None
+        if op is not None:
+            inline(edit, node, op.decomposition)
+    module = _torch.quiet_module(edit.finish("decompose").to_exported())
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():

@@ -132,6 +132,34 @@ def class_row(
     )
 
 
+def cached_attention(
+    variant: Variant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    queries: torch.Tensor,
+    out: torch.Tensor | None,
+    mass: torch.Tensor | None,
+    *,
+    scale: float,
+    window: int = 0,
+    tail: int = 0,
+) -> None:
+    """Fills `out` [B, H, T, Dv] and `mass` [B, G, S]; either may be left out."""
+    groups, slots = k.shape[1:3]
+    sizes = [q.shape[0], groups, q.shape[1] // groups, q.shape[2], slots, q.shape[3], v.shape[3], window, tail]
+    strides = [n for t in (q, k, v) for n in t.stride()[:3]]
+    strides += [0, 0, 0] if out is None else out.stride()[:3]
+    library(variant).call_cached_attention(
+        int(q.dtype == torch.bfloat16),
+        longs(sizes),
+        longs([*strides, *positions.stride(), *queries.stride()]),
+        ctypes.c_float(scale),
+        *(pointer(t) for t in (q, k, v, positions, queries, out, mass)),
+    )
+
+
 def select_tokens(
     variant: Variant,
     x: torch.Tensor,

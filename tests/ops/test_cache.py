@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import cpp_library
 import laws
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import given, settings
 from strategies import Inputs
 from torch.utils import _pytree as pytree
 
+import compiled_attn as ca
 from compiled_attn.ir.errors import OpError
 from compiled_attn.ops.cache import cache_append, cache_evict, cached_attention
 
@@ -65,3 +69,54 @@ def test_two_rows_for_one_slot_are_refused() -> None:
         cache_append(slots, rows, torch.zeros_like(at))
     with pytest.raises(OpError, match="one to none there is"):
         cache_append(slots, rows, at + 99)
+
+
+@pytest.mark.parametrize("variant", cpp_library.VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cpp_kernel_equals_the_reference_on_drawn_caches(variant: cpp_library.Variant, dtype: torch.dtype) -> None:
+    if not cpp_library.runnable(variant):
+        pytest.skip(f"this machine does not run {variant.name}")
+
+    @settings(max_examples=60, deadline=None)
+    @given(cache_specs(widest=90))
+    def check(spec: CacheSpec) -> None:
+        args = spec.attention(dtype)
+        wanted, mass_wanted = cached_attention.reference(*args, **spec.options)
+        out, mass = torch.full_like(wanted, torch.nan), torch.full_like(mass_wanted, torch.nan)
+        cpp_library.cached_attention(variant, *args, out, mass, **spec.options)
+        laws.near(out, wanted, laws.ROUNDING[dtype])
+        laws.near(mass, mass_wanted, 1e-5)
+
+    check()
+
+
+class Decode(torch.nn.Module):
+    """A decode step over a cache that it writes into, with pointwise work on both sides of the attention."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, queries: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ops = torch.ops.compiled_attn
+        at = positions.argmin(2, keepdim=True)
+        k.copy_(ops.cache_append(k, q[:, : k.shape[1]] + 1, at))
+        positions.copy_(ops.cache_append(positions, queries.unsqueeze(1).expand(-1, k.shape[1], -1), at))
+        out, mass = ops.cached_attention(torch.tanh(q), k, v, positions, queries, scale=0.3)
+        positions.copy_(ops.cache_evict(positions, mass, positions.shape[2] - 1))
+        return torch.relu(out), mass * 2
+
+
+def test_a_decode_step_is_compiled_into_the_template_and_writes_its_state() -> None:
+    spec = CacheSpec(batch=2, groups=2, share=3, slots=21, live=20, past=40, new=1, width=24, value_width=40)
+    net = Decode()
+    args = tuple(t.contiguous() for t in spec.attention(torch.float32))
+    fast = ca.compile(net, "cpu", example_inputs=args, dynamic_shapes=tuple({0: "batch"} for _ in args))
+    assert "cpp_cached_attention" in fast.builds[0].templates
+    for batch in (1, 4):
+        mine, theirs = (
+            tuple(t.contiguous() for t in replace(spec, batch=batch).attention(torch.float32)) for _ in range(2)
+        )
+        for found, wanted in zip(fast(*mine), net(*theirs), strict=True):
+            laws.near(found, wanted, 1e-5)
+        for found, wanted in zip(mine, theirs, strict=True):
+            laws.near(found, wanted, 1e-6)
+        assert bool(((mine[3] >= 0).sum(2) == 20).all())

@@ -7,6 +7,7 @@ from typing import Any
 
 from compiled_attn.ops.templates import (
     cpp_attention,
+    cpp_cached_attention,
     cpp_class_row,
     cpp_depthwise,
     cpp_gemm,
@@ -24,6 +25,7 @@ from compiled_attn.ops.templates.base import Template
 # In the order in which they are asked. A user's own template is appended.
 TEMPLATES: list[Template] = [
     cpp_attention.TEMPLATE,
+    cpp_cached_attention.TEMPLATE,
     cpp_class_row.TEMPLATE,
     cpp_depthwise.TEMPLATE,
     cpp_gemm.TEMPLATE,
@@ -40,6 +42,7 @@ TEMPLATES: list[Template] = [
 # Op -> its lowering inside Inductor, for the templates that are C++.
 CPP_LOWERINGS: dict[str, Callable[..., Any]] = {
     cpp_attention.TEMPLATE.op: cpp_attention.lowering,
+    cpp_cached_attention.TEMPLATE.op: cpp_cached_attention.lowering,
     cpp_class_row.TEMPLATE.op: cpp_class_row.lowering,
     cpp_depthwise.TEMPLATE.op: cpp_depthwise.lowering,
     cpp_gemm.TEMPLATE.op: cpp_gemm.lowering,

@@ -1,5 +1,6 @@
 // The kernels behind plain C functions, one per element type, for tests that call them with raw pointers.
 #include "attention.h"
+#include "cached_attention.h"
 #include "class_row.h"
 #include "depthwise.h"
 #include "gemm.h"
@@ -149,6 +150,27 @@ void call_ragged_attention(int bf16, const int64_t* sizes, const int64_t* stride
     ragged_attention(s, (const Bf16*)q, (const Bf16*)k, (const Bf16*)v, q_offsets, k_offsets, (Bf16*)out);
   } else {
     ragged_attention(s, (const float*)q, (const float*)k, (const float*)v, q_offsets, k_offsets, (float*)out);
+  }
+}
+
+// sizes: batch, key heads, share, queries, slots, width, value width, window, tail. strides: q, k, v, out, positions
+// (three each), queries (two).
+void call_cached_attention(int bf16, const int64_t* sizes, const int64_t* strides, float scale, const void* q,
+                           const void* k, const void* v, const int64_t* positions, const int64_t* queries, void* out,
+                           float* mass) {
+  CacheShape s{};
+  s.batch = sizes[0], s.groups = sizes[1], s.share = sizes[2], s.queries = sizes[3], s.slots = sizes[4];
+  s.width = sizes[5], s.value_width = sizes[6], s.window = sizes[7], s.tail = sizes[8];
+  for (int i = 0; i < 3; ++i) {
+    s.q[i] = strides[i], s.k[i] = strides[3 + i], s.v[i] = strides[6 + i], s.out[i] = strides[9 + i];
+    s.positions[i] = strides[12 + i];
+  }
+  s.at[0] = strides[15], s.at[1] = strides[16];
+  s.scale = scale;
+  if (bf16) {
+    cached_attention(s, (const Bf16*)q, (const Bf16*)k, (const Bf16*)v, positions, queries, (Bf16*)out, mass);
+  } else {
+    cached_attention(s, (const float*)q, (const float*)k, (const float*)v, positions, queries, (float*)out, mass);
   }
 }
 

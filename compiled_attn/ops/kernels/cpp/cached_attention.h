@@ -1,0 +1,159 @@
+// Attention of few queries over a cache in slots, and the attention that each slot got.
+//
+//   q [B, H, T, D], k [B, G, S, D], v [B, G, S, Dv], read in place by their strides, channel stride 1; H = G * share.
+//   positions [B, G, S]: what a slot holds, negative where it is free; queries [B, T]: negative where there is none.
+//   A query sees the slots of positions up to its own, within `window` of it where that is not 0.
+//   out [B, H, T, Dv] is written by its strides; mass [B, G, S], contiguous float32, is the sum of the probabilities
+//   over the heads of a group and the queries, or those of the last `tail` positions. Either may be null.
+//
+// A task is one key head: its keys and values are read once for all query heads that share them. Slots that a query
+// does not see are left out before the first product, so that a cache costs what it holds. Memory plan of a task
+// (floats): share * S probabilities, and S numbers of slots.
+#ifndef COMPILED_ATTN_CPP_CACHED_ATTENTION_H
+#define COMPILED_ATTN_CPP_CACHED_ATTENTION_H
+
+#include <vector>
+
+#include "class_row.h"
+
+namespace compiled_attn_cpp {
+namespace {
+
+// Sizes, and strides in elements in the order batch, head, token (queries: batch, token).
+struct CacheShape {
+  int64_t batch, groups, share, queries, slots, width, value_width;
+  int64_t q[3], k[3], v[3], out[3], positions[3], at[2];
+  float scale;
+  int64_t window, tail;
+};
+
+// to[r * slots + i] = log2(e) * scale * q_r . k_seen[i] for R queries, four keys at a time.
+template <int R, class T>
+COMPILED_ATTN_INLINE void slot_scores(const CacheShape& s, const T* q, const T* k, const int64_t* seen, int64_t count,
+                                      float* to) {
+  const float unit = s.scale * kLog2e;
+  for (int64_t i = 0; i < count; i += 4) {
+    const T* rows[4];
+    for (int64_t j = 0; j < 4; ++j) rows[j] = k + seen[std::min(i + j, count - 1)] * s.k[2];
+    Vec sum[R][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[r][j] = vset(0.f);
+    }
+    for (int64_t d = 0; d < s.width; d += kWidth) {
+      const int64_t lanes = std::min<int64_t>(kWidth, s.width - d);
+      const bool whole = lanes == kWidth;
+      Vec key[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) key[j] = whole ? vload(rows[j] + d) : vload(rows[j] + d, lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec a = whole ? vload(q + r * s.q[1] + d) : vload(q + r * s.q[1] + d, lanes);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sum[r][j] = vfma(a, key[j], sum[r][j]);
+      }
+    }
+    const int64_t left = std::min<int64_t>(4, count - i);
+    for (int r = 0; r < R; ++r) {
+      for (int64_t j = 0; j < left; ++j) to[r * s.slots + i + j] = vsum(sum[r][j]) * unit;
+    }
+  }
+}
+
+// out_r [Dv] = sum over i of p[r * slots + i] * v_seen[i] for R queries, NV vectors of channels at a time.
+template <int R, int NV, class T>
+COMPILED_ATTN_INLINE void slot_values(const CacheShape& s, const T* v, const int64_t* seen, int64_t count,
+                                      const float* p, int64_t channel, T* out) {
+  Vec sum[R][NV];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sum[r][j] = vset(0.f);
+  }
+  const int64_t last = std::min<int64_t>(kWidth, s.value_width - channel - (NV - 1) * kWidth);
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = v + seen[i] * s.v[2] + channel;
+    Vec value[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j + 1 < NV; ++j) value[j] = vload(row + j * kWidth);
+    value[NV - 1] = last == kWidth ? vload(row + (NV - 1) * kWidth) : vload(row + (NV - 1) * kWidth, last);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = vset(p[r * s.slots + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sum[r][j] = vfma(weight, value[j], sum[r][j]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    T* to = out + r * s.out[1] + channel;
+    for (int j = 0; j + 1 < NV; ++j) vstore(to + j * kWidth, sum[r][j]);
+    vstore(to + (NV - 1) * kWidth, sum[r][NV - 1], last);
+  }
+}
+
+template <int R, class T>
+COMPILED_ATTN_INLINE void slot_outputs(const CacheShape& s, const T* v, const int64_t* seen, int64_t count,
+                                       const float* p, T* out) {
+  constexpr int most = kMaxVectors == 4 ? 4 : 2;
+  for (int64_t channel = 0; channel < s.value_width;) {
+    const int64_t vectors = (s.value_width - channel + kWidth - 1) / kWidth;
+    if (vectors >= most) {
+      slot_values<R, most>(s, v, seen, count, p, channel, out);
+      channel += most * kWidth;
+    } else {
+      slot_values<R, 1>(s, v, seen, count, p, channel, out);
+      channel += kWidth;
+    }
+  }
+}
+
+template <class T>
+void cached_attention(const CacheShape& s, const T* q, const T* k, const T* v, const int64_t* positions,
+                      const int64_t* queries, T* out, float* mass) {
+  const int64_t tasks = s.batch * s.groups;
+#pragma omp parallel for if (tasks > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t g = task % s.groups, b = task / s.groups;
+    std::vector<int64_t> seen(s.slots);
+    std::vector<float> probabilities(s.share * s.slots);
+    const int64_t* held = positions + b * s.positions[0] + g * s.positions[1];
+    const int64_t* asked = queries + b * s.at[0];
+    const T *keys = k + b * s.k[0] + g * s.k[1], *values = v + b * s.v[0] + g * s.v[1];
+    float* got = mass ? mass + task * s.slots : nullptr;
+    if (got) std::fill(got, got + s.slots, 0.f);
+    int64_t newest = -1;
+    for (int64_t t = 0; t < s.queries; ++t) newest = std::max(newest, asked[t * s.at[1]]);
+    for (int64_t t = 0; t < s.queries; ++t) {
+      const int64_t at = asked[t * s.at[1]];
+      int64_t count = 0;
+      for (int64_t i = 0; i < s.slots; ++i) {
+        const int64_t position = held[i * s.positions[2]];
+        seen[count] = i;
+        count += position >= 0 && position <= at && (s.window == 0 || at - position < s.window);
+      }
+      const T* query = q + b * s.q[0] + g * s.share * s.q[1] + t * s.q[2];
+      T* to = out ? out + b * s.out[0] + g * s.share * s.out[1] + t * s.out[2] : nullptr;
+      float* p = probabilities.data();
+      int64_t r = 0;
+      for (; r + 2 <= s.share; r += 2) slot_scores<2>(s, query + r * s.q[1], keys, seen.data(), count, p + r * s.slots);
+      if (r < s.share) slot_scores<1>(s, query + r * s.q[1], keys, seen.data(), count, p + r * s.slots);
+      for (r = 0; r < s.share; ++r) row_softmax(p + r * s.slots, count, 1.f);
+      if (to) {
+        for (r = 0; r + 4 <= s.share; r += 4)
+          slot_outputs<4>(s, values, seen.data(), count, p + r * s.slots, to + r * s.out[1]);
+        for (; r < s.share; ++r) slot_outputs<1>(s, values, seen.data(), count, p + r * s.slots, to + r * s.out[1]);
+      }
+      if (got && at >= 0 && (s.tail == 0 || at > newest - s.tail)) {
+        for (r = 0; r < s.share; ++r) {
+          for (int64_t i = 0; i < count; ++i) got[seen[i]] += p[r * s.slots + i];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace compiled_attn_cpp
+
+#endif
