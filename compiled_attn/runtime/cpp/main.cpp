@@ -1,41 +1,28 @@
 // Runs an artifact of compiled_attn without Python:
 //   runner model.pt2 --input x=in.npy --output-dir out [--repeat N] [--threads N] [--expect-sha256 H] [--device D]
+//   runner prompt.pt2 --step step.pt2 --input tokens=in.npy --output-dir out [--count N]     a decoder, greedily
 //   runner model.pt2 --info
 // Everything is checked before native code of the file is opened. Exit code: 0, or 1 with an error in four parts on
 // stderr, or 2 for a wrong command line.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
-#include <dlfcn.h>
-#include <sys/utsname.h>
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/headeronly/version.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cstdio>
-#include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
-#include <iterator>
 #include <map>
-#include <memory>
-#include <set>
-#include <sstream>
 #include <string>
 #include <vector>
 
-#include "archive.h"
 #include "call.h"
 #include "contract.h"
+#include "conversation.h"
 #include "error.h"
+#include "model.h"
 #include "npy.h"
-#include "package.h"
-#include "sha256.h"
-#include "verify.h"
 
 namespace fs = std::filesystem;
 
@@ -44,13 +31,15 @@ namespace {
 const char* const kUsage =
     "usage: runner model.pt2 --input name=file.npy ... --output-dir folder\n"
     "              [--repeat N] [--threads N] [--expect-sha256 digest] [--device cpu|cuda[:i]]\n"
+    "       runner prompt.pt2 --step step.pt2 --input tokens=file.npy --output-dir folder [--count N] [--input state=...]\n"
     "       runner model.pt2 --info\n"
     "bfloat16 tensors are .npy files of uint16 bit patterns. Loading an artifact runs native code: trust the file.\n";
 
 struct Options {
-  std::string path, output, digest, device;
+  Source source;
+  std::string output, step;
   std::vector<std::pair<std::string, std::string>> inputs;
-  int repeat = 1, threads = 0;
+  int repeat = 1, threads = 0, count = 64;
   bool is_info = false;
 };
 
@@ -83,218 +72,30 @@ Options parse(int count, char** words) {
       options.inputs.emplace_back(pair.substr(0, at), pair.substr(at + 1));
     } else if (word == "--output-dir") {
       options.output = value();
+    } else if (word == "--step") {
+      options.step = value();
+    } else if (word == "--count") {
+      options.count = positive(word, value());
     } else if (word == "--repeat") {
       options.repeat = positive(word, value());
     } else if (word == "--threads") {
       options.threads = positive(word, value());
     } else if (word == "--expect-sha256") {
-      options.digest = value();
-      std::transform(options.digest.begin(), options.digest.end(), options.digest.begin(), ::tolower);
+      options.source.digest = value();
+      std::transform(options.source.digest.begin(), options.source.digest.end(), options.source.digest.begin(), ::tolower);
     } else if (word == "--device") {
-      options.device = value();
+      options.source.device = value();
     } else if (word == "--info") {
       options.is_info = true;
-    } else if (word.rfind("--", 0) == 0 || !options.path.empty()) {
+    } else if (word.rfind("--", 0) == 0 || !options.source.path.empty()) {
       wrong_usage(word + " is not known");
     } else {
-      options.path = word;
+      options.source.path = word;
     }
   }
-  if (options.path.empty()) wrong_usage("the artifact's path is missing");
+  if (options.source.path.empty()) wrong_usage("the artifact's path is missing");
   if (!options.is_info && options.output.empty()) wrong_usage("--output-dir is missing");
   return options;
-}
-
-std::string read_file(const Options& options) {
-  std::error_code status;
-  bool is_folder = fs::is_directory(options.path, status);
-  std::ifstream file(options.path, std::ios::binary);
-  if (!file || is_folder) {
-    std::string facts = is_folder ? std::strerror(EISDIR) : std::strerror(errno);
-    throw ContractError(
-        "the file can not be read", options.path, facts, "give the path of an artifact that compiled_attn.export wrote");
-  }
-  std::string data;
-  uintmax_t size = fs::file_size(options.path, status);
-  if (!status) data.reserve(size);
-  data.assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
-  if (!options.digest.empty()) {
-    std::string found = sha256(data);
-    if (found != options.digest) {
-      throw ContractError(
-          "the file is not the expected one",
-          options.path,
-          "expected SHA-256 " + options.digest + ", found " + found,
-          "fetch the file again, or ask its author for the digest");
-    }
-  }
-  return data;
-}
-
-void require_torch(const Contract& contract, const std::string& where) {
-  auto stated = contract.versions.find("torch");
-  std::string built = stated == contract.versions.end() ? "nothing" : stated->second;
-  built = built.substr(0, built.find('+'));
-  std::string here = TORCH_VERSION;
-  here = here.substr(0, here.find('+'));
-  if (built == here) return;
-  throw ContractError(
-      "the artifact was built with another torch",
-      where,
-      "built with " + built + ", this is " + here,
-      "install torch==" + built + ", or export the model again with this torch");
-}
-
-std::set<std::string> cpu_flags() {
-  std::ifstream info("/proc/cpuinfo");
-  for (std::string line; std::getline(info, line);) {
-    if (line.rfind("flags", 0) != 0 && line.rfind("Features", 0) != 0) continue;
-    std::istringstream words(line.substr(std::min(line.find(':') + 1, line.size())));
-    return {std::istream_iterator<std::string>(words), {}};
-  }
-#if defined(__x86_64__)
-  std::set<std::string> flags = {"sse4_2", "ssse3", "popcnt"};
-  if (__builtin_cpu_supports("avx2")) flags.insert({"avx2", "fma", "f16c", "bmi2"});
-  if (__builtin_cpu_supports("avx512f")) flags.insert({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"});
-  return flags;
-#else
-  return {"asimd"};
-#endif
-}
-
-void require_machine(const Contract& contract, const std::string& where) {
-  utsname system{};
-  uname(&system);
-  std::string platform = system.sysname;
-  std::transform(platform.begin(), platform.end(), platform.begin(), ::tolower);
-  std::string here = platform + " " + system.machine, built = contract.platform + " " + contract.machine;
-  if (here != built) {
-    throw ContractError(
-        "the artifact was built for another kind of machine",
-        where,
-        "built for " + built + ", this is " + here,
-        "export the model on a machine of this kind");
-  }
-  std::set<std::string> flags = cpu_flags();
-  std::string missing;
-  for (const std::string& flag : contract.isa) {
-    if (flag.rfind("sm_", 0) != 0 && !flags.count(flag)) missing += (missing.empty() ? "" : ", ") + flag;
-  }
-  if (!missing.empty()) {
-    throw ContractError(
-        "this CPU lacks instructions that the artifact needs",
-        where,
-        "it needs " + missing,
-        "export the model on a CPU of this kind");
-  }
-  if (contract.device == "cuda" && !at::globalContext().hasCUDA()) {
-    throw ContractError(
-        "the artifact needs a GPU that is not here",
-        where,
-        "this libtorch finds no CUDA device",
-        "run it on such a GPU, or export the model for target='cpu'");
-  }
-}
-
-// A device's compute capability as "sm_80", by the driver; empty where it does not tell.
-std::string capability_of(int device) {
-  using Init = int (*)(unsigned);
-  using Attribute = int (*)(int*, int, int);
-  void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  auto init = driver ? reinterpret_cast<Init>(dlsym(driver, "cuInit")) : nullptr;
-  auto attribute = driver ? reinterpret_cast<Attribute>(dlsym(driver, "cuDeviceGetAttribute")) : nullptr;
-  int major = 0, minor = 0; // attributes 75 and 76 of the driver's interface
-  if (!init || !attribute || init(0) || attribute(&major, 75, device) || attribute(&minor, 76, device)) return "";
-  return "sm_" + std::to_string(major * 10 + minor);
-}
-
-// Machine code runs on the compute capability it was made for, with the shared memory that its launches were chosen for.
-void require_capability(const Contract& contract, const c10::Device& device, const std::string& where) {
-  if (contract.device != "cuda") return;
-  std::string found = capability_of(device.has_index() ? device.index() : 0), wanted;
-  for (const std::string& flag : contract.isa) {
-    if (flag.rfind("sm_", 0) == 0) wanted = flag;
-  }
-  if (found == wanted) return;
-  throw ContractError(
-      "the artifact was built for another GPU",
-      where,
-      "it needs " + (wanted.empty() ? "none that it names" : wanted) + " (" + contract.target + "); " + device.str() +
-          " is " + (found.empty() ? "unknown to the driver" : found),
-      "export the model for this GPU, or give --device one of the other kind");
-}
-
-c10::Device device_of(const Contract& contract, const Options& options) {
-  std::string wanted = options.device.empty() ? contract.device : options.device;
-  std::string kind = wanted.substr(0, wanted.find(':'));
-  if (kind == contract.device && (kind == "cpu" || kind == "cuda")) {
-    try {
-      return c10::Device(wanted);
-    } catch (const c10::Error&) {
-      wrong_usage("--device takes cpu, cuda or cuda:i");
-    }
-  }
-  throw ContractError(
-      "the artifact was built for another device",
-      options.path,
-      "built for " + contract.device + ", asked for " + wanted,
-      "load it without --device, or export the model with target='" + kind + "'");
-}
-
-// A folder of mode 0700 that goes with this object.
-class PrivateFolder {
- public:
-  PrivateFolder() {
-    std::string pattern = (fs::temp_directory_path() / "compiled_attn-XXXXXX").string();
-    if (!mkdtemp(pattern.data())) {
-      throw ContractError("no private folder can be made", pattern, std::strerror(errno), "set TMPDIR to a folder");
-    }
-    path = pattern;
-  }
-  PrivateFolder(const PrivateFolder&) = delete;
-  PrivateFolder& operator=(const PrivateFolder&) = delete;
-  ~PrivateFolder() {
-    std::error_code ignored;
-    fs::remove_all(path, ignored);
-  }
-
-  void write(const std::string& name, std::string_view data) const {
-    fs::path target = path / name;
-    fs::create_directories(target.parent_path());
-    std::ofstream file(target, std::ios::binary);
-    file.write(data.data(), std::streamsize(data.size()));
-    if (!file.flush()) throw ContractError("a private copy can not be written", target.string(), "", "free disk space");
-  }
-
-  fs::path path;
-};
-
-std::string first_line(const std::string& text) { return text.substr(0, std::min<size_t>(text.find('\n'), 400)); }
-
-using Loader = torch::inductor::AOTIModelPackageLoader;
-
-// Here native code of the file starts to run.
-std::unique_ptr<Loader> open(
-    const PrivateFolder& folder, const Archive& archive, const std::string& data, c10::Device device,
-    const std::string& where) {
-#ifdef LOADS_DIRECTORIES
-  (void)data;
-  for (const auto& [name, payload] : archive.members) folder.write(name, payload);
-  std::string source = folder.path.string();
-#else
-  (void)archive;
-  folder.write("model.pt2", data);
-  std::string source = (folder.path / "model.pt2").string();
-#endif
-  try {
-    return std::make_unique<Loader>(source, "model", false, 1, device.is_cuda() ? device.index() : c10::DeviceIndex(-1));
-  } catch (const std::exception& error) {
-    throw ContractError(
-        "AOTInductor can not open the package",
-        where,
-        first_line(error.what()),
-        "run compiled_attn.doctor(); check that temporary files may be executed (TMPDIR)");
-  }
 }
 
 std::string leaf_text(const LeafSpec& leaf) {
@@ -330,7 +131,7 @@ std::map<std::string, at::Tensor> read_inputs(const Contract& contract, const Op
   std::map<std::string, at::Tensor> given;
   for (const auto& [name, path] : options.inputs) {
     if (given.count(name)) {
-      throw ContractError("argument " + name + " is given twice", options.path, "", "pass each argument once");
+      throw ContractError("argument " + name + " is given twice", options.source.path, "", "pass each argument once");
     }
     std::string dtype;
     for (const LeafSpec& input : contract.inputs) {
@@ -366,27 +167,18 @@ void write_outputs(
 
 void run(const Options& options) {
   auto began = std::chrono::steady_clock::now();
-  std::string data = read_file(options);
-  auto [archive, contract] = verify(data, options.path);
-  if (options.is_info) {
-    compare_package(contract, archive, options.path);
-    return print_info(contract);
-  }
-  require_torch(contract, options.path);
-  require_machine(contract, options.path);
-  compare_package(contract, archive, options.path);
-  c10::Device device = device_of(contract, options);
-  require_capability(contract, device, options.path);
+  Model model(options.source, options.is_info);
+  const Contract& contract = model.contract;
+  if (options.is_info) return print_info(contract);
   Sizes sizes;
-  std::vector<at::Tensor> inputs = check_inputs(contract, read_inputs(contract, options), options.path, sizes);
+  std::vector<at::Tensor> inputs = check_inputs(contract, read_inputs(contract, options), model.where, sizes);
   double checked = milliseconds(began);
 
   if (options.threads) at::set_num_threads(options.threads);
   c10::InferenceMode no_gradients;
-  for (at::Tensor& tensor : inputs) tensor = tensor.to(device);
+  for (at::Tensor& tensor : inputs) tensor = tensor.to(model.device);
   began = std::chrono::steady_clock::now();
-  PrivateFolder folder;
-  std::unique_ptr<Loader> loader = open(folder, archive, data, device, options.path);
+  model.open();
   double loaded = milliseconds(began);
 
   std::vector<double> times;
@@ -400,18 +192,10 @@ void run(const Options& options) {
       ++position;
     }
     began = std::chrono::steady_clock::now();
-    try {
-      results = loader->run(taken);
-    } catch (const std::exception& error) {
-      throw ContractError(
-          "the artifact's code stopped",
-          options.path,
-          first_line(error.what()),
-          "run the model eagerly on the same inputs; if that works, export it again");
-    }
+    results = model.run(taken);
     times.push_back(milliseconds(began));
   }
-  check_outputs(contract, results, sizes, options.path);
+  check_outputs(contract, results, sizes, model.where);
   write_outputs(contract, results, taken, options.output);
   std::printf("checked  %10.3f ms\nloaded   %10.3f ms\nfirst    %10.3f ms\n", checked, loaded, times[0]);
   std::sort(times.begin(), times.end());
@@ -419,17 +203,46 @@ void run(const Options& options) {
       "median   %10.3f ms, of %d, %d threads\n", times[times.size() / 2], options.repeat, at::get_num_threads());
 }
 
+// A decoder's two artifacts, exported by runtime/generate.py: continues the prompts, and writes the tokens and the state.
+void generate(const Options& options) {
+  Model prompt(options.source), step({options.step, "", options.source.device});
+  std::map<std::string, at::Tensor> given = read_inputs(step.contract, options);
+  auto tokens = given.find("tokens");
+  if (tokens == given.end()) wrong_usage("--input tokens=file.npy is missing");
+  if (options.threads) at::set_num_threads(options.threads);
+  c10::InferenceMode no_gradients;
+  Conversation talk(step, tokens->second, given);
+  prompt.open();
+  step.open();
+  auto began = std::chrono::steady_clock::now();
+  at::Tensor said = talk.generate(prompt, step, options.count);
+  double spent = milliseconds(began);
+  std::error_code status;
+  fs::create_directories(options.output, status);
+  write_npy((fs::path(options.output) / "tokens.npy").string(), said);
+  for (const auto& [name, tensor] : talk.state()) {
+    write_npy((fs::path(options.output) / (name + ".npy")).string(), tensor.cpu());
+  }
+  std::printf("tokens   %10d a text, %.3f ms each, %d threads\n", options.count, spent / options.count, at::get_num_threads());
+}
+
 } // namespace
 
 int main(int count, char** words) {
   Options options = parse(count, words);
   try {
-    run(options);
+    if (options.step.empty()) {
+      run(options);
+    } else {
+      generate(options);
+    }
     return 0;
+  } catch (const UsageError& error) {
+    wrong_usage(error.what());
   } catch (const ContractError& error) {
     std::cerr << "error: " << error.what() << "\n";
   } catch (const std::exception& error) {
-    std::cerr << "error: " << ContractError::text("the runner failed", options.path, first_line(error.what()), "report it")
+    std::cerr << "error: " << ContractError::text("the runner failed", options.source.path, first_line(error.what()), "report it")
               << "\n";
   }
   return 1;

@@ -1,0 +1,64 @@
+// An artifact: read, checked against its contract and this machine, and then opened and run.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <filesystem>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "archive.h"
+#include "contract.h"
+#include "error.h"
+
+// Where an artifact lies. digest: the SHA-256 that it must have, in hex, or empty.  device: empty for the contract's.
+struct Source {
+  std::string path, digest, device;
+};
+
+// A wrong command line.
+struct UsageError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A folder of mode 0700 that goes with this object.
+class PrivateFolder {
+ public:
+  PrivateFolder();
+  PrivateFolder(const PrivateFolder&) = delete;
+  PrivateFolder& operator=(const PrivateFolder&) = delete;
+  ~PrivateFolder();
+  void write(const std::string& name, std::string_view data) const;
+
+  std::filesystem::path path;
+};
+
+using Loader = torch::inductor::AOTIModelPackageLoader;
+
+class Model {
+ public:
+  // Reads and checks the file, before native code of it is opened. is_info: on a machine that need not run it.
+  explicit Model(const Source& source, bool is_info = false);
+
+  // Here native code of the file starts to run.
+  void open();
+
+  // The results on checked inputs, in the contract's order; state is written in place.
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs);
+
+  std::string where;
+  Contract contract;
+  c10::Device device = c10::kCPU;
+
+ private:
+  std::string data_;
+  Archive archive_;
+  std::unique_ptr<PrivateFolder> folder_; // outlives the loader
+  std::unique_ptr<Loader> loader_;
+};
+
+std::string first_line(const std::string& text);
