@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,9 @@ from compiled_attn.passes.evict_kv import EvictKV
 from compiled_attn.passes.evict_policies import Policy, SlidingWindow
 from compiled_attn.passes.pipelines import portable
 from compiled_attn.runtime import conversation as conversations
-from compiled_attn.runtime.capture import capture
 from compiled_attn.runtime.contract import Call, TensorSpec
 from compiled_attn.runtime.conversation import Conversation
-from compiled_attn.runtime.decoder import Step, step_inputs
+from compiled_attn.runtime.decoder import Step, captured, step_inputs
 from compiled_attn.runtime.describe import call_of
 from compiled_attn.runtime.export import export
 from compiled_attn.runtime.load import load
@@ -80,10 +79,17 @@ def decoder(
         with tempfile.TemporaryDirectory(prefix="compiled_attn-") as folder:
             export_decoder(model, folder, item=item, chunk=chunk, batch=batch, target=target)
             found = load_decoder(folder)
-        return Decoder(found.prompt, found.step, found.call, found.chunk, found.device, limit)
-    step = Step(model, chunk, last=True)
-    prompt, one = (_eager(step, item, prompt=p, batch=batch) for p in (True, False))
-    return Decoder(_runner(prompt), _runner(one), call_of(one), chunk, step.device, limit)
+        return replace(found, limit=limit)
+    prompt, step = (captured(model, chunk, prompt=p, batch=batch, last=True) for p in (True, False))
+    return replace(rewritten(prompt, step, item, chunk=chunk), limit=limit)
+
+
+def rewritten(prompt: Program, step: Program, item: EvictKV, *, chunk: int) -> Decoder:
+    """The decoder of a prompt's and a step's captured program (`decoder.captured`), run eagerly behind the pass."""
+    here = targets.detect()
+    first, one = (run_passes(program, portable([item]), here, Notes())[0] for program in (prompt, step))
+    device = one.example_inputs[0][0].device
+    return Decoder(_runner(first), _runner(one), call_of(one), chunk, device)
 
 
 def export_decoder(
@@ -115,12 +121,6 @@ def load_decoder(folder: str | Path, *, device: str | None = None) -> Decoder:
     size = tokens.shape[1]
     longest = size if isinstance(size, int) else prompt.contract.call.symbols[str(size)].max
     return Decoder(prompt, step, step.contract.call, longest or 1, step.device)
-
-
-def _eager(step: Step, item: EvictKV, *, prompt: bool, batch: int | None) -> Program:
-    args, shapes = step_inputs(step, prompt=prompt, batch=batch)
-    program = capture(step, args, dynamic_shapes=shapes)
-    return run_passes(program, portable([item]), targets.detect(), Notes())[0]
 
 
 def _runner(program: Program) -> Callable[..., Tensor]:
