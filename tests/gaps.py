@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 
 GAPS: dict[str, str] = {
-    "emulated op local_attention: sliding and causal, with sinks": "Inductor can not simplify an index of the "
-    "decomposition with sinks for CUDA: sympy finds -4 + ((-2)) not comparable",
-    "emulated paper pyramid_tnt": "heads of width 2 stay SDPA, whose mathematical form lies in memory otherwise than "
-    "the view behind it was captured for",
     "onnx-bf16": "ONNX Runtime has no bfloat16 kernels for the CPU, so export refuses the precision in words",
 }
 

@@ -292,14 +292,8 @@ def fake_call(mode: Any, target: Any, args: Any, kwargs: Any) -> Any:
 
     args, kwargs = fx.node.map_arg((args, kwargs), value)
     picks = "conv" in str(target)  # torch asks whether the batch is below 16 to pick a kernel; that must bind no symbol
-    with mode, torch.no_grad(), _torch.without_guards(mode.shape_env if picks else None):
-        try:
-            return target(*args, **kwargs)
-        except RuntimeError as error:
-            if "concrete integers" not in str(error):
-                raise
-            with _torch.python_dispatcher():  # a composite op whose C++ body takes no symbolic sizes
-                return target(*args, **kwargs)
+    with mode, torch.no_grad(), _torch.python_dispatcher(), _torch.without_guards(mode.shape_env if picks else None):
+        return target(*args, **kwargs)  # as capture does: a composite op's C++ body may take no symbolic sizes
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

@@ -139,7 +139,8 @@ def slots(axis: Axis, queries: Any, keys: Any, device: torch.device, *, single: 
     start = origin - axis.before
     if axis.clamps:
         start = torch.minimum(start, size - w).clamp(min=0)
-    at = start + torch.arange(w, device=device).view(1, -1)  # [G, w]
+    slot = torch.arange(-axis.sinks, w, device=device).view(1, -1)  # the sinks' are below 0
+    at = start + slot  # [G, w]
     real = (at >= 0) & (at < size)
     counted = torch.ones_like(real) if axis.border == "zero" else real
     stand = origin + place - axis.shift - block * axis.block  # [G, b]: the query among the keys
@@ -148,24 +149,21 @@ def slots(axis: Axis, queries: Any, keys: Any, device: torch.device, *, single: 
         seen = seen & (at.unsqueeze(1) <= stand.unsqueeze(2))
     offset = at.unsqueeze(1) - stand.unsqueeze(2) + (w - 1)
     index = (residue + at * d).clamp(min=0).clamp(max=keys - 1)
-    tabled = torch.ones(w, dtype=torch.bool, device=device)
-    found = Slots(index, real, seen, offset.clamp(0, 2 * w - 2), tabled)
-    return _with_sinks(axis, found, keys, stand, start) if axis.sinks else found
+    found = Slots(index, real, seen, offset.clamp(0, 2 * w - 2), (slot >= 0).view(-1))
+    return _with_sinks(axis, found, keys, stand, start, slot + axis.sinks) if axis.sinks else found
 
 
-def _with_sinks(axis: Axis, found: Slots, keys: Any, stand: Tensor, start: Tensor) -> Slots:
-    """The slots of the first keys in front of the window's; what the window sees is no sink."""
-    sink = torch.arange(axis.sinks, device=stand.device).view(1, -1)
-    blocks, together = stand.shape
-    real = (sink < keys) & ((sink < start) | (sink >= start + axis.window))  # [G, sinks]
-    seen = real.unsqueeze(1).expand(-1, together, -1)
+def _with_sinks(axis: Axis, found: Slots, keys: Any, stand: Tensor, start: Tensor, sink: Tensor) -> Slots:
+    """The first keys, in the slots before the window's; what the window sees is no sink. sink [1, w]: a slot's key."""
+    real = (sink < keys) & ((sink < start) | (sink >= start + axis.window))
+    seen = real.unsqueeze(1).expand_as(found.seen)
     if axis.causal:
         seen = seen & (sink.unsqueeze(1) <= stand.unsqueeze(2))
-    index = sink.expand(blocks, -1).clamp(max=keys - 1)
+    window = found.tabled
     return Slots(
-        torch.cat([index, found.index], 1),
-        torch.cat([real, found.real], 1),
-        torch.cat([seen, found.seen], 2),
-        torch.cat([torch.zeros_like(seen, dtype=found.offset.dtype), found.offset], 2),
-        torch.cat([torch.zeros_like(found.tabled[:1]).expand(axis.sinks), found.tabled]),
+        torch.where(window, found.index, sink.clamp(max=keys - 1)),
+        torch.where(window, found.real, real),
+        torch.where(window, found.seen, seen),
+        torch.where(window, found.offset, 0),
+        window,
     )

@@ -32,17 +32,15 @@ def fuse_attention(program: Program, target: Target, notes: Notes, *, strict: bo
     """The program with a fused operator for each SDPA that one covers; the same object where none does."""
     found = [n for n in program.graph.nodes if n.op == "call_function" and n.target is SDPA]
     edit = program.edit()
-    changed = False
     for node in found:
         call = read(edit.node_of[node])
-        if isinstance(call, str):
-            _refuse(node, call, notes, strict=strict)
-        elif because := _uncovered(call, target):
-            _refuse(node, because, notes, strict=strict)
+        because = call if isinstance(call, str) else _uncovered(call, target)
+        if isinstance(call, str) or because is not None:
+            _refuse(node, because or "", notes, strict=strict)
+            _keep_order(edit, edit.node_of[node])
         else:
             notes.did(node, RULE, _write(edit, edit.node_of[node], call, target))
-            changed = True
-    return edit.finish(NAME) if changed else program
+    return edit.finish(NAME) if found else program
 
 
 def foreseen(node: fx.Node, target: Target) -> tuple[str, str]:
@@ -142,6 +140,19 @@ def _bias(edit: Edit, node: fx.Node, call: Call) -> fx.Node | None:
 
 def _size_node(edit: Edit, node: fx.Node, of: fx.Node, dim: int) -> fx.Node:
     return edit.call(aten.sym_size.int, (of, min(dim, 2)), like=node)
+
+
+def _keep_order(edit: Edit, node: fx.Node) -> None:
+    """Behind an SDPA that is written out: a copy in the memory order that SDPA had when its readers were captured."""
+    value = node.meta["val"]
+    readers = list(node.users)
+    with edit.graph.inserting_before(node.next):
+        swap = not value.is_contiguous() and value.transpose(1, 2).is_contiguous()
+        turned = edit.call(aten.transpose.int, (node, 1, 2), like=node) if swap else node
+        kept = edit.call(aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}, like=node)
+        out = edit.call(aten.transpose.int, (kept, 1, 2), like=node) if swap else kept
+    for reader in readers:
+        reader.replace_input_with(node, out)
 
 
 def _like_before(edit: Edit, node: fx.Node, out: fx.Node) -> fx.Node:
