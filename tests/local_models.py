@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from models import Case, enliven, timm_case, timm_model, transformers_case
+from models import Case, enliven, timm_case, timm_model, transformers_case, transformers_model
 from torch import nn
 
 
@@ -58,6 +58,17 @@ def any_size(name: str, side: int, full: int = 224, **config: Any) -> Case:
     return replace(case, build=lambda attention, whole: timm_model(name, attention, **({} if whole else config)))
 
 
+def text_case(name: str, **small: Any) -> Case:
+    """A language model. Published ones fill memory: instead of them a wider one of two layers with a window of 128."""
+    large = {**small, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 64}
+    large["sliding_window"] = 128
+
+    def build(attention: str, whole: bool) -> nn.Module:
+        return transformers_model(name, attention, **(large if whole else small))
+
+    return replace(transformers_case(name, 0, words(24), **small), build=build)
+
+
 ONE: dict[str, Any] = {"depths": (2,), "embed_dim": 16, "num_heads": (2,)}
 TWO: dict[str, Any] = {"depths": (2, 1), "embed_dim": 16, "num_heads": (2, 2)}
 DAVIT: dict[str, Any] = {"depths": (1,), "embed_dims": (16,), "num_heads": (2,)}
@@ -90,7 +101,7 @@ LOCAL_CASES: dict[str, LocalCase] = {
         LocalCase(timm_case("convit_tiny", 48, 0, **CONVIT), 0, plain=1, missed=1),
         LocalCase(transformers_case("SwinModel", 0, pictures, **SWIN), 2, plain=1),
         LocalCase(transformers_case("Swinv2Model", 0, pictures, **SWIN), 2, plain=1, attention="eager"),
-        LocalCase(transformers_case("MistralModel", 0, words(24), **TEXT), 2),
-        LocalCase(transformers_case("Gemma3TextModel", 0, words(24), **GEMMA), 1, plain=1),
+        LocalCase(text_case("MistralModel", **TEXT), 2),
+        LocalCase(text_case("Gemma3TextModel", **GEMMA), 1, plain=1),
     )
 }  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import cache_strategies
+import decay_strategies
 import depthwise_strategies
 import local_strategies
 import neighborhood_strategies
@@ -261,6 +262,7 @@ INPUTS: dict[str, list[Inputs]] = {
         _linear_inputs(LinearSpec(activation="silu", columns=4)),
         _linear_inputs(LinearSpec(activation="gelu_tanh")),
     ],
+    "decay_attention": [Inputs(name, spec.make, spec.options) for name, spec in decay_strategies.CASES.items()],
     "local_attention": [Inputs(name, spec.make, spec.options) for name, spec in local_strategies.CASES.items()],
     "neighborhood_apply": [
         Inputs(name, spec.make, spec.options) for name, spec in neighborhood_strategies.CASES.items()
@@ -326,6 +328,7 @@ BAD_INPUTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         (_bad_linear(residual=torch.zeros(4, 10)), "residual and x disagree on the number of rows"),
         (_bad_linear(bias=torch.zeros(10).bfloat16()), "bias holds torch.bfloat16"),
     ],
+    "decay_attention": decay_strategies.BAD,
     "local_attention": local_strategies.BAD,
     "neighborhood_apply": neighborhood_strategies.BAD,
     "depthwise_block": depthwise_strategies.BAD,

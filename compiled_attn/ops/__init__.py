@@ -3,6 +3,7 @@
 from compiled_attn.ir.op import OPS, Op
 from compiled_attn.ops.attention import attention, attention_with_class_row
 from compiled_attn.ops.cache import cache_append, cache_evict, cached_attention
+from compiled_attn.ops.decay import decay_attention
 from compiled_attn.ops.depthwise import depthwise_block
 from compiled_attn.ops.linear import packed_linear
 from compiled_attn.ops.local import local_attention
@@ -18,6 +19,7 @@ __all__ = [
     "cache_append",
     "cache_evict",
     "cached_attention",
+    "decay_attention",
     "depthwise_block",
     "local_attention",
     "neighborhood_apply",

@@ -25,12 +25,13 @@ def default(
     """
     from compiled_attn.passes.choose_attention import ChooseAttention
     from compiled_attn.passes.fuse_depthwise import FuseDepthwise
+    from compiled_attn.passes.lower_decay import LowerDecay
     from compiled_attn.passes.pack_linear import PackLinear
     from compiled_attn.passes.raise_local_attention import RaiseLocalAttention
 
     if mode == "train":
         return [RaiseAttention(), *named]
-    passes = portable(named)
+    passes = [*portable(named), LowerDecay()]
     if target.kind == "cpu":
         passes += [
             RaiseLocalAttention(),

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiled_attn import ops
 from compiled_attn.zoo.layers.conv import depthwise
 from compiled_attn.zoo.layers.vit import initialise
 from compiled_attn.zoo.paper import Paper, Published
@@ -52,19 +53,13 @@ class Config:
 class Position:
     """What a stage's blocks know of the places of a Y x X map.
 
-    cos, sin: [Y, X, 1, D / 2], of a position's number in the row-major map times each angle; columns, rows: [H, X, X]
-    and [H, Y, Y], decay times distance.
+    cos, sin: [Y, X, 1, D / 2], of a position's number in the row-major map times each angle; decay: [H], added to the
+    logits for every step of distance.
     """
 
     cos: Tensor
     sin: Tensor
-    columns: Tensor
-    rows: Tensor
-
-    def all_pairs(self) -> Tensor:
-        """[H, Y * X, Y * X]: decay times (|dy| + |dx|)."""
-        both = self.rows[:, :, None, :, None] + self.columns[:, None, :, None, :]
-        return both.flatten(3, 4).flatten(1, 2)
+    decay: Tensor
 
 
 class RelativePosition(nn.Module):
@@ -79,7 +74,7 @@ class RelativePosition(nn.Module):
 
     def forward(self, height: int, width: int) -> Position:
         cos, sin = raster_angles(self.angle[::2], height, width)
-        return Position(cos, sin, distance_decay(self.decay, width), distance_decay(self.decay, height))
+        return Position(cos, sin, self.decay)
 
 
 class Depthwise(nn.Module):
@@ -113,27 +108,10 @@ class ManhattanSelfAttention(nn.Module):
         q = rotate(self.q_proj(x).unflatten(3, split), position)  # [B, Y, X, H, D]
         k = rotate(self.k_proj(x).unflatten(3, split), position)
         v = self.v_proj(x)
-        attend = self.along_rows_and_columns if self.decomposed else self.over_all_pairs
-        out = attend(q, k, v.unflatten(3, split), position).flatten(3)
-        return self.out_proj(out + self.lepe(v))
-
-    def over_all_pairs(self, q: Tensor, k: Tensor, v: Tensor, position: Position) -> Tensor:
-        rows, columns = q.shape[1], q.shape[2]
-        q, k, v = (flat.flatten(1, 2).transpose(1, 2) for flat in (q, k, v))  # [B, H, N, D]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=position.all_pairs()[None], scale=self.scale)
-        return out.transpose(1, 2).unflatten(1, (rows, columns))
-
-    def along_rows_and_columns(self, q: Tensor, k: Tensor, v: Tensor, position: Position) -> Tensor:
-        v = self.along_rows(q, k, v, position.columns)
-        q, k, v = (flipped.transpose(1, 2) for flipped in (q, k, v))  # [B, X, Y, H, D]
-        return self.along_rows(q, k, v, position.rows).transpose(1, 2)
-
-    def along_rows(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
-        """Every row of [B, Y, X, H, D] by itself, decay [H, X, X] on its logits."""
-        batch, rows = q.shape[0], q.shape[1]
-        q, k, v = (line.flatten(0, 1).transpose(1, 2) for line in (q, k, v))  # [B * Y, H, X, D]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=decay[None], scale=self.scale)
-        return out.transpose(1, 2).unflatten(0, (batch, rows))
+        values = v.unflatten(3, split)
+        for axes in ([1], [0]) if self.decomposed else ([0, 1],):
+            values = ops.decay_attention(q, k, values, position.decay, scale=self.scale, along=axes)
+        return self.out_proj(values.flatten(3) + self.lepe(v))
 
 
 class FeedForward(nn.Module):
@@ -259,13 +237,6 @@ def raster_angles(angle: Tensor, height: int, width: int) -> tuple[Tensor, Tenso
     index = torch.arange(height * width, device=angle.device).to(angle.dtype)
     turn = (index[:, None] * angle).unflatten(0, (height, width))[:, :, None]
     return torch.cos(turn), torch.sin(turn)
-
-
-@torch.fx.wrap
-def distance_decay(decay: Tensor, size: int) -> Tensor:
-    """[H, size, size]: decay [H] times the distance of two places on a line."""
-    index = torch.arange(size, device=decay.device).to(decay.dtype)
-    return (index[:, None] - index[None, :]).abs() * decay[:, None, None]
 
 
 T = Config(
