@@ -66,6 +66,7 @@ class Found:
     logits: list[AxisLogits] | None
     end: End
     numbering: Numbering
+    condition: str
 
 
 def match(program: Program, node: fx.Node) -> Found | str | None:
@@ -192,9 +193,10 @@ def chosen(
                 reason = reason or next(x for x in (table, logits) if isinstance(x, str))
                 continue
             end = end_of(node, numbering, places_of(node, call, factors, numbering), _sizes(node, factors, queries))
-            if end is None:
+            if end is None or not all(numbering.grows(n) for n in (call.q, call.k, end.node)):
                 return "its result is not put back into the map behind it"
-            return Found(call, factors, pattern, table, added.names, logits, end, numbering)
+            condition = added.condition(groups.visible, factors.groups)
+            return Found(call, factors, pattern, table, added.names, logits, end, numbering, condition)
     if reason:
         return reason
     if (groups.whole and call.causal) or _all_earlier(groups):
@@ -304,6 +306,8 @@ class RaiseLocalAttention:
 
     def run(self, program: Program, target: Target, notes: Notes) -> Program:
         del target
+        if program.mode != "inference":
+            return program
         edit = None
         for node in program.graph.nodes:
             if node.op != "call_function" or node.target is not SDPA:
@@ -315,7 +319,7 @@ class RaiseLocalAttention:
                 continue
             edit = edit or program.edit()
             write(edit, node, found)
-            notes.did(node, RULE, said(found))
+            notes.did(node, RULE, said(found), found.condition)
         if edit is None:
             return program
         for node in edit.graph.nodes:

@@ -93,6 +93,7 @@ def test_windows_become_the_op_and_nothing_is_moved_any_more(options, pattern):
     (node,) = locals_of(after)
     assert pattern.items() <= node.kwargs.items()
     assert not notes.misses
+    assert ("count nothing" in notes.done[0].measure) == (options == {"shift": 2})
     assert not [
         n for n in after.graph.nodes if n.target in (aten.roll.default, aten.permute.default, aten.clone.default)
     ]

@@ -109,6 +109,14 @@ class Numbering:
         sizes = [self.size(n) for n in node.meta["val"].shape]
         return None if any(n is None for n in sizes) else tuple(n for n in sizes if n is not None)
 
+    def grows(self, node: fx.Node) -> bool:
+        """Whether a value holds so many times more elements as there are more pictures, along one dimension."""
+        if self.symbol is None:
+            return True
+        sizes = [_torch.expression(n) for n in node.meta["val"].shape]
+        growing = [n for n in sizes if not isinstance(n, int) and not n.is_number]
+        return len(growing) == 1 and (growing[0] / self.symbol).is_number
+
     def root(self, node: fx.Node, *, through_pads: bool = True) -> fx.Node | None:
         """The one value whose elements `node` moves; None where there are several."""
         roots: dict[fx.Node, None] = {}

@@ -50,6 +50,15 @@ class Added:
             return self.value
         return self.value > self.value.amax((1, 2), keepdim=True) + HIDDEN
 
+    def condition(self, visible: torch.Tensor, groups: torch.Tensor) -> str:
+        """What the equality rests on besides rounding; visible [W, n, m] is what no mask hides."""
+        if self.value is None or self.value.dtype == torch.bool:
+            return ""
+        hidden = self.value[groups[0]][:, ~visible]
+        if not hidden.numel() or not bool(hidden.isfinite().any()):
+            return ""
+        return f"pairs hidden by {hidden.max():.3g} count nothing"
+
 
 @dataclass(frozen=True)
 class AxisLogits:
