@@ -89,7 +89,7 @@ def rewritten(prompt: Program, step: Program, item: EvictKV, *, chunk: int) -> D
     here = targets.detect()
     first, one = (run_passes(program, portable([item]), here, Notes())[0] for program in (prompt, step))
     device = one.example_inputs[0][0].device
-    return Decoder(_runner(first), _runner(one), call_of(one), chunk, device)
+    return Decoder(runner(first), runner(one), call_of(one), chunk, device)
 
 
 def export_decoder(
@@ -123,7 +123,7 @@ def load_decoder(folder: str | Path, *, device: str | None = None) -> Decoder:
     return Decoder(prompt, step, step.contract.call, longest or 1, step.device)
 
 
-def _runner(program: Program) -> Callable[..., Tensor]:
+def runner(program: Program) -> Callable[..., Tensor]:
     """The program node by node, vocabulary ops by their decompositions: the references are loops."""
     edit = program.edit()
     for node in list(edit.graph.nodes):
