@@ -221,6 +221,16 @@ def test_sums_of_kernels_are_left_alone_where_rounding_would_show():
     assert difference(program, fused) < 3e-2
 
 
+def test_a_small_kernel_on_a_large_map_is_left_to_onednn_unless_something_is_saved():
+    x = torch.randn(1, C, 200, 200)
+    for model, because in ((depthwise(3, padding=1), True), (depthwise(5), False), (Branches(), False)):
+        program = program_of(nn.Sequential(model), x)
+        notes = run(program)[1]
+        assert [m.because for m in notes.misses] == because * [
+            "oneDNN is faster at 3x3 on maps of 3.8 MB a picture, in and out"
+        ]
+
+
 class Pool(nn.Module):
     def forward(self, x):
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x

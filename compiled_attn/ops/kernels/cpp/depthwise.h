@@ -6,8 +6,8 @@
 //   x [B, Y, X, C], gate, residual, out [B, Y', X', C] by their strides, channel stride 1; weight [I, J, C] contiguous;
 //   bias and the norm's weight and bias [C]. What is not there is a null pointer; the norm is there by its flag.
 //
-// Work goes by one vector of channels. A ring of padded input rows of these channels lies in a thread's own memory as
-// float32, so that borders, dilation and bfloat16 cost nothing where the sums are made and every input is read once.
+// Work goes by a few vectors of channels. A ring of padded input rows of each lies in a thread's own memory as float32,
+// so that borders, dilation and bfloat16 cost nothing where the sums are made and every input is read once.
 // A register tile holds up to three rows by kTileColumns columns of sums; rows that lie `dilation` apart share inputs.
 #ifndef COMPILED_ATTN_CPP_DEPTHWISE_H
 #define COMPILED_ATTN_CPP_DEPTHWISE_H
@@ -50,6 +50,9 @@ constexpr int kTileColumns = 4;  // 16 registers
 #endif
 constexpr int kTileRows = 3;
 constexpr int64_t kRingFloats = 64 * 1024 / 4;        // of a ring, where the columns can be cut that small
+constexpr int64_t kLargeMap = 1024 * 1024;            // bytes from which rows are asked for ahead
+constexpr int kVectorsTogether = 4;                             // vectors of channels that are read together, at most
+constexpr int64_t kGroupFloats = 160 * 1024 / 4;      // of their rings
 constexpr int64_t kNormFloats = 256 * 1024 / 4;       // of sums that wait for the norm
 constexpr int64_t kDepthwiseThreads = 100 * 1000;     // multiply-adds from which a parallel region pays
 constexpr int64_t kDepthwiseTasks = 4;                // a thread
@@ -71,38 +74,52 @@ class Depthwise {
     apart = Rows > 1 ? s.y.dilation : 1;
     ring_rows = (s.y.kernel - 1) * s.y.dilation + (Rows * apart - 1) * s.y.stride + 1;
     rows.resize(s.y.kernel + kTileRows - 1);
-    taps = weights.room(s.y.kernel * s.x.kernel * kWidth);
+    places = s.y.kernel * s.x.kernel;
+    large = s.batch * s.y.in * s.x.in * s.channels * int64_t(sizeof(T)) > kLargeMap;
+    taps = weights.room(kVectorsTogether * places * kWidth);
   }
 
-  // One vector of channels, from c on.
-  void run(const DepthwisePart& part, int64_t c) {
-    const int64_t lanes = std::min<int64_t>(kWidth, s.channels - c);
-    for (int64_t i = 0; i < s.y.kernel * s.x.kernel; ++i) vstore(taps + i * kWidth, load(t.weight + i * s.channels + c, lanes));
-    const Vec bias = t.bias ? load(t.bias + c, lanes) : vset(0.f);
+  // `vectors` vectors of channels, from c on.
+  void run(const DepthwisePart& part, int64_t c, int64_t vectors) {
+    Vec bias[kVectorsTogether];
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t at = c + v * kWidth, lanes = lanes_at(at);
+      float* to = taps + v * places * kWidth;
+      for (int64_t i = 0; i < places; ++i) vstore(to + i * kWidth, load(t.weight + i * s.channels + at, lanes));
+      bias[v] = t.bias ? load(t.bias + at, lanes) : vset(0.f);
+    }
     columns = (part.right - part.left - 1) * s.x.stride + (s.x.kernel - 1) * s.x.dilation + 1;
-    ring = memory.room(ring_rows * columns * kWidth);
+    ring_size = ring_rows * columns * kWidth;
+    ring = memory.room(vectors * ring_size);
     const int64_t base = part.first * s.y.stride - s.y.padding, group = Rows * apart;
     int64_t filled = 0;
     for (int64_t y = part.first; y < part.last; y += group) {
       const int64_t begin = y * s.y.stride - s.y.padding - base;
       const int64_t last = std::min(y + group, part.last) - 1;
       const int64_t end = last * s.y.stride - s.y.padding - base + (s.y.kernel - 1) * s.y.dilation + 1;
-      for (filled = std::max(filled, begin); filled < end; ++filled) fill(part, c, lanes, filled + base, filled % ring_rows);
-      for (int64_t p = 0; p < apart && y + p < part.last; ++p) {
-        const int64_t count = std::min<int64_t>(Rows, (part.last - y - p + apart - 1) / apart);
-        for (int64_t j = 0; j < s.y.kernel + count - 1; ++j) {
-          rows[j] = ring + (begin + p + j * s.y.dilation) % ring_rows * columns * kWidth;
+      for (filled = std::max(filled, begin); filled < end; ++filled) {
+        fill(part, c, vectors, filled + base, filled % ring_rows);
+      }
+      next = end + base;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t at = c + v * kWidth;
+        tap = taps + v * places * kWidth;
+        for (int64_t p = 0; p < apart && y + p < part.last; ++p) {
+          const int64_t count = std::min<int64_t>(Rows, (part.last - y - p + apart - 1) / apart);
+          for (int64_t j = 0; j < s.y.kernel + count - 1; ++j) {
+            rows[j] = ring + v * ring_size + (begin + p + j * s.y.dilation) % ring_rows * columns * kWidth;
+          }
+          row_of_tiles(part, at, lanes_at(at), y + p, int(count), bias[v]);
         }
-        row_of_tiles(part, c, lanes, y + p, int(count), bias);
       }
     }
   }
 
   // All channels of a part; then their norm, and what follows it.
-  void run_with_norm(const DepthwisePart& part) {
+  void run_with_norm(const DepthwisePart& part, int64_t group) {
     wide = (s.channels + kWidth - 1) / kWidth * kWidth;
     sums = waiting.room((part.last - part.first) * (part.right - part.left) * wide);
-    for (int64_t c = 0; c < s.channels; c += kWidth) run(part, c);
+    for (int64_t c = 0; c < wide; c += group * kWidth) run(part, c, std::min(group, (wide - c) / kWidth));
     for (int64_t y = part.first; y < part.last; ++y) {
       for (int64_t x = part.left; x < part.right; ++x) normalise(part, y, x);
     }
@@ -111,21 +128,33 @@ class Depthwise {
  private:
   static COMPILED_ATTN_INLINE Vec load(const T* p, int64_t lanes) { return lanes == kWidth ? vload(p) : vload(p, lanes); }
 
-  // Row `y` of x with zeros at its ends, to a row of the ring; a row beyond the border is never read there.
-  void fill(const DepthwisePart& part, int64_t c, int64_t lanes, int64_t y, int64_t slot) {
+  int64_t lanes_at(int64_t c) const { return std::min<int64_t>(kWidth, s.channels - c); }
+
+  // Row `y` of x with zeros at its ends, to a row of each ring; a row beyond the border is never read there.
+  void fill(const DepthwisePart& part, int64_t c, int64_t vectors, int64_t y, int64_t slot) {
     if (y < 0 || y >= s.y.in) return;
     float* to = ring + slot * columns * kWidth;
     const int64_t left = part.left * s.x.stride - s.x.padding;
     const int64_t begin = std::min(columns, std::max<int64_t>(0, -left));
     const int64_t end = std::max(begin, std::min(columns, s.x.in - left));
-    if (begin > 0) std::memset(to, 0, begin * kWidth * sizeof(float));
-    if (end < columns) std::memset(to + end * kWidth, 0, (columns - end) * kWidth * sizeof(float));
+    for (int64_t v = 0; v < vectors; ++v) {
+      float* row = to + v * ring_size;
+      if (begin > 0) std::memset(row, 0, begin * kWidth * sizeof(float));
+      if (end < columns) std::memset(row + end * kWidth, 0, (columns - end) * kWidth * sizeof(float));
+    }
     const T* from = t.x + part.batch * s.from[0] + y * s.from[1] + (left + begin) * s.from[2] + c;
+    const int64_t lanes = lanes_at(c + (vectors - 1) * kWidth);
+    as_constant<kVectorsTogether>(vectors, [&](auto V) { copy<V()>(from, end - begin, to + begin * kWidth, lanes); });
+  }
+
+  // V vectors of `count` pixels, one beside the other, to their rings; the last vector holds `lanes` channels.
+  template <int V>
+  void copy(const T* from, int64_t count, float* to, int64_t lanes) {
     const int64_t step = s.from[2];
-    if (lanes == kWidth) {
-      for (int64_t j = begin; j < end; ++j, from += step) vstore(to + j * kWidth, vload(from));
-    } else {
-      for (int64_t j = begin; j < end; ++j, from += step) vstore(to + j * kWidth, vload(from, lanes));
+    for (int64_t j = 0; j < count; ++j, from += step, to += kWidth) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V - 1; ++v) vstore(to + v * ring_size, vload(from + v * kWidth));
+      vstore(to + (V - 1) * ring_size, load(from + (V - 1) * kWidth, lanes));
     }
   }
 
@@ -151,10 +180,21 @@ class Depthwise {
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t width = size / tiles + (i < size % tiles);
       right = Inside(s.x, (part.left + x) * s.x.stride - s.x.padding, (width - 1) * s.x.stride, s.x.kernel);
+      if (large) ahead(part, c, x * s.x.stride, width * s.x.stride);
       as_constant<kTileColumns>(width, [&](auto TX) {
         as_constant<Rows>(count, [&](auto TY) { tile<TY(), TX()>(part, c, lanes, y, x, bias); });
       });
       x += width;
+    }
+  }
+
+  // Asks for `count` columns of the input rows that come next, from `first` on, while sums are made.
+  void ahead(const DepthwisePart& part, int64_t c, int64_t first, int64_t count) const {
+    const int64_t left = std::max<int64_t>(0, part.left * s.x.stride - s.x.padding + first);
+    const int64_t end = std::min(left + count, s.x.in), last = std::min(next + Rows * s.y.stride, s.y.in);
+    for (int64_t y = std::max<int64_t>(0, next); y < last; ++y) {
+      const T* line = t.x + part.batch * s.from[0] + y * s.from[1] + c;
+      for (int64_t x = left; x < end; ++x) __builtin_prefetch(line + x * s.from[2]);
     }
   }
 
@@ -166,16 +206,16 @@ class Depthwise {
 #pragma GCC unroll 8
       for (int i = 0; i < TX; ++i) sum[r][i] = bias;
     const int64_t at = x * s.x.stride * kWidth, line = s.x.kernel * kWidth, last = s.y.kernel;
-    const float* beyond = taps + last * line;
+    const float* beyond = tap + last * line;
     if constexpr (TY > 1) {
-      if (down.holds(0)) add<TY, TX, 0, 1>(sum, rows[0] + at, taps);
+      if (down.holds(0)) add<TY, TX, 0, 1>(sum, rows[0] + at, tap);
     }
     if constexpr (TY > 2) {
-      if (down.holds(1)) add<TY, TX, 0, 2>(sum, rows[1] + at, taps + line);
+      if (down.holds(1)) add<TY, TX, 0, 2>(sum, rows[1] + at, tap + line);
     }
     const int64_t end = std::min(down.end, last);
     for (int64_t j = std::max<int64_t>(down.begin, TY - 1); j < end; ++j) {
-      add<TY, TX, 0, TY>(sum, rows[j] + at, taps + j * line);
+      add<TY, TX, 0, TY>(sum, rows[j] + at, tap + j * line);
     }
     if constexpr (TY > 1) {
       if (down.holds(last)) add<TY, TX, 1, TY>(sum, rows[last] + at, beyond);
@@ -211,15 +251,15 @@ class Depthwise {
     inputs += right.begin * s.x.dilation * kWidth;
     row += right.begin * kWidth;
     for (int64_t j = right.begin; j < right.end; ++j, inputs += s.x.dilation * kWidth, row += kWidth) {
-      Vec tap[HIGH];
+      Vec weight[HIGH];
 #pragma GCC unroll 3
-      for (int r = LOW; r < HIGH; ++r) tap[r] = vload(row - r * line);
+      for (int r = LOW; r < HIGH; ++r) weight[r] = vload(row - r * line);
 #pragma GCC unroll 8
       for (int i = 0; i < TX; ++i) {
         Vec value = vload(inputs + i * step);
         if constexpr (HIGH - LOW > 1) COMPILED_ATTN_KEEP(value);
 #pragma GCC unroll 3
-        for (int r = LOW; r < HIGH; ++r) sum[r][i] = vfma(value, tap[r], sum[r][i]);
+        for (int r = LOW; r < HIGH; ++r) sum[r][i] = vfma(value, weight[r], sum[r][i]);
       }
     }
   }
@@ -275,11 +315,13 @@ class Depthwise {
   const DepthwiseShape& s;
   const DepthwiseTensors<T>& t;
   int64_t apart, ring_rows;  // distance of a register tile's rows; rows that lie in the ring
-  int64_t columns = 0, wide = 0;
+  int64_t next = 0;    // input row after those in the ring
+  bool large = false;  // whether the map leaves the second-level cache
+  int64_t columns = 0, wide = 0, places = 0, ring_size = 0;
   alignas(64) float kept[Rows * kTileColumns * kWidth];  // sums of a tile
   Inside down, right;  // steps of the kernel's rows and columns that meet the map
   Lines memory, weights, waiting;
-  float *ring = nullptr, *taps = nullptr, *sums = nullptr;
+  float *ring = nullptr, *taps = nullptr, *tap = nullptr, *sums = nullptr;
   std::vector<const float*> rows;
 };
 
@@ -295,12 +337,15 @@ inline int64_t depthwise_threads() {
 template <class T, Activation A, bool Norm, int Rows>
 void depthwise_by_rows(const DepthwiseShape& s, const DepthwiseTensors<T>& t) {
   const int64_t group = Rows > 1 ? Rows * s.y.dilation : 1;
-  const int64_t blocks = Norm ? 1 : (s.channels + kWidth - 1) / kWidth;
   // Strips so narrow that the ring stays in the first-level cache, but no narrower than what the kernel reaches over.
   const int64_t reach = (s.x.kernel - 1) * s.x.dilation, ring = (s.y.kernel - 1) * s.y.dilation + group * s.y.stride;
   const int64_t fit = kRingFloats / (ring * kWidth) - reach;
   const int64_t most = std::max<int64_t>(std::max<int64_t>(4 * kTileColumns, 4 * reach), fit) / s.x.stride + 1;
   const int64_t strips = (s.x.out + most - 1) / most, strip = (s.x.out + strips - 1) / strips;
+  // Vectors of channels that are read together, since memory comes in longer pieces than one.
+  const int64_t row = (strip - 1) * s.x.stride + reach + 1, vectors = (s.channels + kWidth - 1) / kWidth;
+  const int64_t together = std::min<int64_t>(std::max<int64_t>(1, kGroupFloats / (ring * row * kWidth)), kVectorsTogether);
+  const int64_t blocks = Norm ? 1 : (vectors + together - 1) / together;
   int64_t bands = 1;
   if (Norm) bands = (s.y.out * strip * s.channels + kNormFloats - 1) / kNormFloats;
   const int64_t tasks_wanted = depthwise_threads() > 1 ? kDepthwiseTasks * depthwise_threads() : 1;
@@ -320,9 +365,10 @@ void depthwise_by_rows(const DepthwiseShape& s, const DepthwiseTensors<T>& t) {
       const DepthwisePart part{b, row, std::min(row + rows, s.y.out), column, std::min(column + strip, s.x.out)};
       if (part.left >= part.right) continue;
       if constexpr (Norm) {
-        mine.run_with_norm(part);
+        mine.run_with_norm(part, together);
       } else {
-        mine.run(part, block * kWidth);
+        const int64_t first = block * together;
+        mine.run(part, first * kWidth, std::min(together, vectors - first));
       }
     }
   }
