@@ -1,7 +1,6 @@
 """The C++ runner gives the numbers that Python gives, and refuses what Python refuses, with the same sentences."""
 
 import copy
-import os
 import subprocess
 from random import Random
 
@@ -12,19 +11,12 @@ from artifact_models import rich_inputs
 from damage import AT_LOADING, DAMAGES, forged, parts, sealed, set_at
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import run
 
 from compiled_attn.ir.errors import ContractError, LowerError
 from compiled_attn.runtime import archive, contract
 from compiled_attn.runtime import runner as cpp
 from compiled_attn.runtime.load import load, read
-
-
-def run(runner, *words, **environment):
-    done = subprocess.run(
-        [str(runner), *map(str, words)], capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
-    assert done.returncode in (0, 1, 2), done.stderr  # never a crash
-    return done
 
 
 def first(done):

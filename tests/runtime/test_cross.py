@@ -13,10 +13,12 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cross_models import Tiny
 from damage import CLASH, forged, parts, sealed, set_at
+from runs import run
 from torch import nn
 
 import compiled_attn as ca
@@ -313,6 +315,25 @@ def test_of_a_file_for_several_targets_load_takes_the_one_that_is_here(several, 
 
 @no_gpu
 @headers
+def test_the_runner_takes_the_part_that_is_here_and_says_why_not_the_others(several, fixed, runner, tmp_path):
+    x = torch.randn(2, 3, 4, 5)
+    np.save(tmp_path / "x.npy", x.numpy())
+    words = ["--input", f"x={tmp_path}/x.npy", "--output-dir", tmp_path]
+    done = run(runner, several[1], *words)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "output.npy"), fixed.model(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+    refused = run(runner, several[1], *words, "--device", "mps")
+    assert refused.returncode == 1
+    assert "none of the file's targets is here" in refused.stderr and "not a100 because" in refused.stderr
+    damaged = tmp_path / "damaged.pt2"
+    data = bytearray(several[1].read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    assert run(runner, damaged, *words).returncode == 1
+
+
+@no_gpu
+@headers
 def test_a_gpu_that_is_here_goes_before_the_cpu_and_a_named_device_before_both(several, monkeypatch):
     path = several[1]
     members, digest = archive.unpack(memoryview(path.read_bytes()), "file")
@@ -365,10 +386,12 @@ FORGED_INDEX = {
 @no_gpu
 @headers
 @pytest.mark.parametrize(("edit", "sentence"), FORGED_INDEX.values(), ids=FORGED_INDEX)
-def test_an_index_of_targets_that_lies_is_refused_in_words(several, tmp_path, edit, sentence):
+def test_an_index_of_targets_that_lies_is_refused_in_words(several, runner, tmp_path, edit, sentence):
+    path = _rewritten(several[1], edit, tmp_path)
     with pytest.raises(ContractError) as caught:
-        load(_rewritten(several[1], edit, tmp_path))
+        load(path)
     assert sentence in caught.value.what and caught.value.do
+    assert sentence in run(runner, path, "--output-dir", tmp_path).stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize(("counted", "stated"), [(2**31 - 1, 2**31 - 1), (1000, None)])

@@ -18,5 +18,13 @@ struct ContractError : std::runtime_error {
   }
 };
 
+// The artifact is sound, but made for another machine or device; because: the facts.
+struct Unfit : ContractError {
+  Unfit(const std::string& what, const std::string& where, const std::string& facts, const std::string& advice)
+      : ContractError(what, where, facts, advice), because(facts) {}
+
+  std::string because;
+};
+
 inline const char* const kAgain = "export the model again, or fetch the file again";
 inline const char* const kNotByHand = "export the model again; a contract is never edited by hand";

@@ -82,7 +82,7 @@ void require_machine(const Contract& contract, const std::string& where) {
   std::transform(platform.begin(), platform.end(), platform.begin(), ::tolower);
   std::string here = platform + " " + system.machine, built = contract.platform + " " + contract.machine;
   if (here != built) {
-    throw ContractError(
+    throw Unfit(
         "the artifact was built for another kind of machine",
         where,
         "built for " + built + ", this is " + here,
@@ -94,14 +94,14 @@ void require_machine(const Contract& contract, const std::string& where) {
     if (flag.rfind("sm_", 0) != 0 && !flags.count(flag)) missing += (missing.empty() ? "" : ", ") + flag;
   }
   if (!missing.empty()) {
-    throw ContractError(
+    throw Unfit(
         "this CPU lacks instructions that the artifact needs",
         where,
         "it needs " + missing,
         "export the model on a CPU of this kind");
   }
   if (contract.device == "cuda" && !at::globalContext().hasCUDA()) {
-    throw ContractError(
+    throw Unfit(
         "the artifact needs a GPU that is not here",
         where,
         "this libtorch finds no CUDA device",
@@ -129,7 +129,7 @@ void require_capability(const Contract& contract, const c10::Device& device, con
     if (flag.rfind("sm_", 0) == 0) wanted = flag;
   }
   if (found == wanted) return;
-  throw ContractError(
+  throw Unfit(
       "the artifact was built for another GPU",
       where,
       "it needs " + (wanted.empty() ? "none that it names" : wanted) + " (" + contract.target + "); " + device.str() +
@@ -147,7 +147,7 @@ c10::Device device_of(const Contract& contract, const Source& source) {
       throw UsageError("--device takes cpu, cuda or cuda:i");
     }
   }
-  throw ContractError(
+  throw Unfit(
       "the artifact was built for another device",
       source.path,
       "built for " + contract.device + ", asked for " + wanted,
@@ -204,6 +204,32 @@ void PrivateFolder::write(const std::string& name, std::string_view data) const 
 std::string first_line(const std::string& text) { return text.substr(0, std::min<size_t>(text.find('\n'), 400)); }
 
 Model::Model(const Source& source, bool is_info) : where(source.path), data_(read_file(source)) {
+  std::vector<Part> parts = parts_of(unpack(data_, where), where);
+  parts.empty() ? check(source, is_info) : choose(parts, source, is_info);
+}
+
+void Model::choose(const std::vector<Part>& parts, const Source& source, bool is_info) {
+  std::string whole = std::move(data_), refused;
+  for (const Part& part : parts) {
+    where = source.path + ", member " + part.member;
+    data_ = part.data;
+    try {
+      check(source, is_info);
+    } catch (const Unfit& error) {
+      refused += (refused.empty() ? "not " : "; not ") + name_of(part) + " because " + error.because;
+      continue;
+    }
+    compare_target(part, contract, where);
+    return;
+  }
+  throw ContractError(
+      "none of the file's targets is here",
+      source.path,
+      refused,
+      "export the model for what is here (target='auto'), or run it on one of these");
+}
+
+void Model::check(const Source& source, bool is_info) {
   auto [archive, stated] = verify(data_, where);
   archive_ = std::move(archive);
   contract = std::move(stated);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "archive.h"
+#include "bundle.h"
 #include "contract.h"
 #include "error.h"
 
@@ -41,7 +42,8 @@ using Loader = torch::inductor::AOTIModelPackageLoader;
 
 class Model {
  public:
-  // Reads and checks the file, before native code of it is opened. is_info: on a machine that need not run it.
+  // Reads and checks the file, before native code of it is opened; of a file for several targets, the first part that
+  // this machine can run. is_info: on a machine that need not run it, then the first part.
   explicit Model(const Source& source, bool is_info = false);
 
   // Here native code of the file starts to run.
@@ -55,6 +57,9 @@ class Model {
   c10::Device device = c10::kCPU;
 
  private:
+  void check(const Source& source, bool is_info);
+  void choose(const std::vector<Part>& parts, const Source& source, bool is_info);
+
   std::string data_;
   Archive archive_;
   std::unique_ptr<PrivateFolder> folder_; // outlives the loader

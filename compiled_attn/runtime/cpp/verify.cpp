@@ -15,16 +15,6 @@ Contract take_contract(Archive& archive, const std::string& where) {
   auto at = std::find_if(archive.members.begin(), archive.members.end(), [](const auto& member) {
     return member.first == kContractMember;
   });
-  bool is_bundle = std::any_of(archive.members.begin(), archive.members.end(), [](const auto& member) {
-    return member.first == "model/targets.json";
-  });
-  if (at == archive.members.end() && is_bundle) {
-    throw ContractError(
-        "the file holds builds for several targets",
-        where,
-        "this program takes the build for one target",
-        "take out the one for this machine: compiled-attn extract FILE --target NAME --output part.pt2");
-  }
   if (at == archive.members.end()) {
     throw ContractError(
         "the package has no contract",
