@@ -126,7 +126,7 @@ def compile_flat(
     _torch.carry_dynamo_marks(module, flat)
     constants = constant_arguments(lowered)
     front = [n.meta["val"] for n in flat.graph.find_nodes(op="placeholder")[: len(constants)]]
-    options = lower.inductor_config(target, lowered)
+    options = lower.jit_config(target, lowered)
     options.pop("freezing", None)  # parameters are inputs here, and may change between calls
     # constants go in as their fakes, of fixed size: real ones would get symbols, which no guard of Dynamo's can name
     compiled = _torch.compile_fx(flat, [*front, *example_inputs], options)

@@ -27,6 +27,7 @@ from compiled_attn.ir.targets import Target
 from compiled_attn.ops.templates import registry
 from compiled_attn.passes.pack_linear import apply_linear_choices
 from compiled_attn.runtime import launch
+from compiled_attn.runtime.package_cache import source_digest
 
 NAME = "lower"
 _lock = threading.Lock()
@@ -98,6 +99,14 @@ def inductor_config(target: Target, program: Program) -> dict[str, Any]:
         if targets.load("cpu").march != target.march:
             options.update(_torch.cpu_options(target.march, target.vector_bits))
     return options
+
+
+def jit_config(target: Target, program: Program) -> dict[str, Any]:
+    """`inductor_config` for code that torch keeps in its own caches: their key takes in this library's source too.
+
+    It stands in a field that such code does not use otherwise; our headers reach torch as text it does not look at.
+    """
+    return inductor_config(target, program) | {"aot_inductor.metadata": {"compiled_attn": source_digest()}}
 
 
 def values_of(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -122,7 +122,7 @@ def _package_of(function: Any) -> str:
 
 def _circumstances() -> Iterator[str]:
     found = machine.here()
-    yield from (torch.__version__, str(torch.version.git_version), _source(), _compiler())
+    yield from (torch.__version__, str(torch.version.git_version), source_digest(), _compiler())
     yield from (found.arch, found.model, found.capability, " ".join(sorted(found.flags)))
     yield from (str(torch.get_num_threads()), torch.get_float32_matmul_precision())
     yield from (str(torch.are_deterministic_algorithms_enabled()), str(torch.backends.mkldnn.enabled))
@@ -130,7 +130,7 @@ def _circumstances() -> Iterator[str]:
 
 
 @cache
-def _source() -> str:
+def source_digest() -> str:
     """Digest of this library's own files."""
     digest = hashlib.sha256()
     for file in sorted(f for f in SOURCE.rglob("*") if f.suffix in (".py", ".h", ".json", ".toml")):

@@ -149,7 +149,7 @@ class TrainedModel(nn.Module):
         build = prepare(self._model, args, kwargs, self.settings)
         lower.register()
         program = lower.lower(build.program, self.settings.target, build.notes, strict=self.settings.strict)
-        options = lower.inductor_config(self.settings.target, program)
+        options = lower.jit_config(self.settings.target, program)
         return Entry(
             build=build,
             function=torch.compile(flat_module(program), fullgraph=True, options=options),

@@ -11,7 +11,7 @@ from torch._inductor.cpp_builder import CppBuilder
 import compiled_attn as ca
 from compiled_attn.ops.templates import registry
 from compiled_attn.ops.templates.base import Template
-from compiled_attn.runtime import measure, package_cache
+from compiled_attn.runtime import lower, measure, package_cache
 from compiled_attn.runtime.capture import capture
 
 
@@ -142,3 +142,18 @@ def test_models_compiled_by_two_threads_at_once_leave_torch_as_it_was():
     for fast, model in zip(compiled, nets, strict=True):
         torch.testing.assert_close(fast(x), model(x))
     assert (CppBuilder.build, torch._C._select_conv_backend) == (build, pick)
+
+
+def test_the_cache_that_torch_keeps_of_a_graph_is_told_of_this_librarys_source(tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    model, x, hits = net(), torch.randn(3, 6), []
+    for source in ("one", "one", "another"):
+        monkeypatch.setattr(lower, "source_digest", lambda text=source: text)
+        torch._dynamo.reset()
+        counters.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(model, backend="compiled_attn")(x), model(x))
+        hits.append(counters["inductor"]["fxgraph_cache_hit"])
+    assert hits == [0, 1, 0]
