@@ -24,13 +24,14 @@ pytest.importorskip("triton")
 DYNAMIC, STATIC = ("a100", "dynamic"), ("h100", "static")
 PAIRS = (DYNAMIC, STATIC, ("a100", "static"), ("h100", "dynamic"))
 GAP = emulate_cases.GAP
-HEAVY = ("paper spartan", "paper volo")  # 20 to 60 s in the interpreter each
+HEAVY = ("paper spartan", "paper volo", "paper vsa")  # a minute or more each
+SLOW = ("op local_attention", "op neighborhood_apply")  # one to three minutes of the interpreter each
 
 
 def ordinary(name: str, pair: tuple[str, str]) -> bool:
-    """Ops are asked on both targets, half of the models on one; the rest is deep: a model costs 5 to 20 seconds."""
+    """Ops are asked on both targets, slow ones and half of the models on one; the rest is deep."""
     if name.startswith("op "):
-        return pair in (DYNAMIC, STATIC)
+        return pair == DYNAMIC or (pair == STATIC and not name.startswith(SLOW))
     return name not in HEAVY and pair == {0: DYNAMIC, 1: STATIC}.get(zlib.crc32(name.encode()) % 4)
 
 
