@@ -6,8 +6,9 @@ class, which stay as context.
 
 Reference: zbwxp/Dynamic-Token-Pruning at 2baefffc879622b6514504dff44cf04d7e0e7504 (SegViT's form); SETR's host is
 mmsegmentation's (config/_base_/models/setr_naive.py there), pruned by the paper's words, since no code is published.
-Known differences: tokens are gathered once a stage, not zeroed in every block, which gives the same numbers; of equally
-sure tokens the reference keeps any; pictures that are not square are taken, their maps have the picture's size.
+Known differences: tokens are packed once a stage, a ragged batch, not zeroed in every block, which gives the same
+numbers; of equally sure tokens the reference keeps any; pictures that are not square are taken, their maps have the
+picture's size; SETR's class token goes through the heads with the others, so that in training their batch norms see it.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiled_attn.ops import pack_tokens, ragged_attention, unpack_tokens
 from compiled_attn.zoo.layers.mha import MultiheadAttention
 from compiled_attn.zoo.layers.vit import resize_positions
 from compiled_attn.zoo.paper import Paper, Published
@@ -54,25 +56,25 @@ class Config:
 
 
 class Live(NamedTuple):
-    """The tokens that are still in the network, each picture's padded to the longest: all in order where None.
+    """The tokens that are still in the network where some have left: T in all, packed picture behind picture.
 
-    place [B, M]: where each stands in the picture's grid; real [B, M]: False for what only pads.
+    here [B, N] bool: which of a picture's; place [T]: picture * N + position; begins [B + 1]: where a picture begins.
+    N counts SETR's class token, which comes first and never leaves.
     """
 
-    place: Tensor | None
-    real: Tensor | None
-
-    @property
-    def seen(self) -> Tensor | None:
-        """The mask of keys [B, 1, 1, M]."""
-        return None if self.real is None else self.real[:, None, None]
+    here: Tensor
+    place: Tensor
+    begins: Tensor
 
 
 class Stage(NamedTuple):
-    """What a stage leaves: its tokens [B, M, C], who they are, the canvas [B, classes, N], the head's weights of it."""
+    """What a stage leaves: its tokens [T, C], or [B, N, C] while all are live; the canvas [B, classes, N].
+
+    weight [B, classes, 1]: the head's own, with which its confidences of the canvas are made; SETR has none.
+    """
 
     x: Tensor
-    live: Live
+    live: Live | None
     canvas: Tensor
     weight: Tensor | None
 
@@ -84,8 +86,8 @@ class Attention(nn.Module):
         super().__init__()
         self.attn = MultiheadAttention(width, heads)
 
-    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        return self.attn(x, seen=seen)
+    def forward(self, x: Tensor, live: Live | None) -> Tensor:
+        return self.attn(x) if live is None else self.attn.packed(x, live.begins, live.here.shape[1])
 
 
 class FFN(nn.Module):
@@ -109,8 +111,8 @@ class Layer(nn.Module):
         self.ln2 = nn.LayerNorm(width, eps=1e-6)
         self.ffn = FFN(width, hidden)
 
-    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln1(x), seen)
+    def forward(self, x: Tensor, live: Live | None) -> Tensor:
+        x = x + self.attn(self.ln1(x), live)
         return x + self.ffn(self.ln2(x))
 
 
@@ -150,7 +152,7 @@ class ViT(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of class queries [B, Q, C] to tokens [B, M, C]."""
+    """Attention of class queries [B, Q, C] to the tokens of their picture, [B, N, C] or packed [T, C]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -160,17 +162,36 @@ class CrossAttention(nn.Module):
         self.v = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, query: Tensor, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the queries get [B, Q, C], and their scores before softmax, the mean over heads [B, Q, M].
+    def forward(self, query: Tensor, x: Tensor, live: Live | None) -> tuple[Tensor, Tensor]:
+        """What the queries get [B, Q, C], and their scores before softmax, the mean over heads [B, Q, N].
 
-        The heads' products add up to the product over all channels, so the scores need no heads.
+        The heads' products add up to the product over all channels, so the scores need no heads. They are zero where a
+        token has left.
         """
         q, k, v = self.q(query), self.k(x), self.v(x)
         scale = (q.shape[-1] // self.heads) ** -0.5
-        scores = (q @ k.mT) * (scale / self.heads)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-        return self.proj(out.transpose(1, 2).flatten(2)), scores
+        if live is None:
+            out = F.scaled_dot_product_attention(*(self.split(t).transpose(1, 2) for t in (q, k, v)), scale=scale)
+            out = out.transpose(1, 2).flatten(2)
+        else:
+            out, k = self.packed(q, k, v, live, scale), on_grid(k, live)
+        return self.proj(out), (q @ k.mT) * (scale / self.heads)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, live: Live, scale: float) -> Tensor:
+        """Queries [B, Q, C] of keys and values [T, C]."""
+        count = q.shape[1]
+        begins = (torch.ones_like(live.begins).cumsum(dim=0) - 1) * count
+        longest = torch.sym_max(count, live.here.shape[1])
+        rows = (self.split(t) for t in (q.flatten(0, 1), k, v))
+        return ragged_attention(*rows, begins, live.begins, scale=scale, longest=longest).view_as(q)
+
+
+def on_grid(x: Tensor, live: Live) -> Tensor:
+    """Rows [T, C] at their places [B, N, C], zeros where a token has left."""
+    return unpack_tokens(x, live.place, x.new_zeros(live.here.shape[0], live.here.shape[1], x.shape[1]))
 
 
 class DecoderLayer(nn.Module):
@@ -186,9 +207,9 @@ class DecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, query: Tensor, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, x: Tensor, live: Live | None) -> tuple[Tensor, Tensor]:
         query = self.norm1(query + self.self_attn(query))
-        got, scores = self.multihead_attn(query, x, seen)
+        got, scores = self.multihead_attn(query, x, live)
         query = self.norm2(query + got)
         return self.norm3(query + self.linear2(F.relu(self.linear1(query)))), scores
 
@@ -200,9 +221,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config.channels, config.head_heads) for _ in range(config.layers))
 
-    def forward(self, query: Tensor, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, x: Tensor, live: Live | None) -> tuple[Tensor, Tensor]:
         for layer in self.layers:
-            query, scores = layer(query, x, seen)
+            query, scores = layer(query, x, live)
         return query, scores
 
 
@@ -217,9 +238,10 @@ class PruneHead(nn.Module):
         self.q = nn.Embedding(config.classes, config.channels)
         self.class_embed = nn.Linear(config.channels, 2)
 
-    def forward(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What tokens [B, M, C] leave on the canvas [B, classes, M], how sure each class is there [B, classes, 1]."""
-        query, scores = self.decoder(self.q.weight.expand(x.shape[0], -1, -1), self.proj_norm(self.input_proj(x)), seen)
+    def forward(self, x: Tensor, live: Live | None) -> tuple[Tensor, Tensor | None]:
+        """What live tokens leave on the canvas [B, classes, N], how sure each class is there [B, classes, 1]."""
+        pictures = x.shape[0] if live is None else live.here.shape[0]
+        query, scores = self.decoder(self.q.weight.expand(pictures, -1, -1), self.proj_norm(self.input_proj(x)), live)
         return scores, self.class_embed(query).softmax(dim=-1)[..., :1]
 
     def predict(self, canvas: Tensor, weight: Tensor | None) -> Tensor:
@@ -233,7 +255,7 @@ class PruneHead(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """mmcv's convolution, batch norm and ReLU."""
+    """mmcv's convolution, batch norm and ReLU, of one pixel: a linear map of rows [M, C]."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -241,7 +263,8 @@ class ConvModule(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+        x = F.linear(x, self.conv.weight.flatten(1))
+        return F.relu(self.bn(x.unflatten(1, (-1, 1, 1)))).flatten(1)
 
 
 class SETRHead(nn.Module):
@@ -253,9 +276,11 @@ class SETRHead(nn.Module):
         self.up_convs = nn.ModuleList([nn.Sequential(ConvModule(config.width, config.channels))])
         self.conv_seg = nn.Conv2d(config.channels, config.classes, 1)
 
-    def forward(self, x: Tensor, _seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The logits of tokens [B, M, C], which are what they leave on the canvas [B, classes, M]."""
-        return self.conv_seg(self.up_convs[0](self.norm(x).mT.unsqueeze(3))).squeeze(3), None
+    def forward(self, x: Tensor, live: Live | None) -> tuple[Tensor, Tensor | None]:
+        """The logits of live tokens, which are what they leave on the canvas [B, classes, N]."""
+        rows = self.up_convs[0](some(self.norm(x if live is not None else x.flatten(0, 1))))
+        logits = F.linear(rows, self.conv_seg.weight.flatten(1), self.conv_seg.bias)
+        return (logits.unflatten(0, (x.shape[0], -1)) if live is None else on_grid(logits, live)).mT, None
 
     def predict(self, canvas: Tensor, _weight: Tensor | None) -> Tensor:
         """Confidences [B, classes, N]."""
@@ -265,6 +290,13 @@ class SETRHead(nn.Module):
         """Logits of every pixel [B, classes, *size]."""
         maps = F.interpolate(canvas.unflatten(2, grid), scale_factor=UP_SCALE, mode="bilinear", align_corners=False)
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+@torch.fx.wrap
+def some(x: Tensor) -> Tensor:
+    """Rows as they are. Class tokens never leave, so there is one; an export must know it to take the batch norm."""
+    torch._check(x.shape[0] > 0)
+    return x
 
 
 HEADS: Mapping[str, Callable[[Config], nn.Module]] = {"segvit": PruneHead, "setr": SETRHead}
@@ -290,20 +322,21 @@ class DToP(nn.Module):
         return [*self.auxiliary_head, self.decode_head]
 
     def stages(self, x: Tensor) -> list[Stage]:
-        """What each stage leaves, of embedded tokens x [B, prefix + N, C]."""
+        """What each stage leaves, of embedded tokens x [B, N, C]."""
         config, prefix = self.config, self.backbone.prefix
-        live, begin, found = Live(None, None), 0, []
+        live: Live | None = None
         canvas: Tensor | None = None
+        begin, found = 0, []
         for head, end, threshold in zip(self.heads, config.stages, (*config.thresholds, 1.0), strict=True):
-            seen = live.seen if live.real is None or not prefix else F.pad(live.seen, (prefix, 0), value=True)
             for layer in self.backbone.layers[begin : end + 1]:
-                x = layer(x, seen)
-            values, weight = head(self.normed(x, end)[:, prefix:], live.seen)
-            canvas = put(canvas, values, live)
-            found.append(Stage(x[:, prefix:], live, canvas, weight))
+                x = layer(x, live)
+            values, weight = head(self.normed(x, end), live)
+            canvas = values if live is None else values.where(live.here.unsqueeze(1), canvas)
+            found.append(Stage(x, live, canvas, weight))
             if threshold < 1:
-                finished = easy(head.predict(values, weight), live.real, threshold, config.keep)
-                x, live = leave(x, live, finished, prefix)
+                real = None if live is None else live.here[:, prefix:]
+                finished = easy(head.predict(canvas[:, :, prefix:], weight), real, threshold, config.keep)
+                x, live = leave(x, live, F.pad(finished, (prefix, 0), value=False))
             begin = end + 1
         return found
 
@@ -315,7 +348,8 @@ class DToP(nn.Module):
     def maps(self, last: Stage, grid: tuple[int, int], pictures: Tensor) -> Tensor:
         """The maps of pictures that the last stage leaves."""
         square = self.config.img_size if self.config.host == "segvit" else None
-        return self.decode_head.enlarge(last.canvas, last.weight, grid, map_size(pictures, grid, square))
+        canvas = last.canvas[:, :, self.backbone.prefix :]
+        return self.decode_head.enlarge(canvas, last.weight, grid, map_size(pictures, grid, square))
 
     def forward(self, pictures: Tensor) -> Tensor:
         x, grid = self.backbone.embed(pictures)
@@ -328,17 +362,9 @@ def map_size(pictures: Tensor, grid: tuple[int, int], square: int | None) -> tup
     return (square, square) if square is not None and grid[0] == grid[1] else tuple(pictures.shape[2:])
 
 
-def put(canvas: Tensor | None, values: Tensor, live: Live) -> Tensor:
-    """The canvas [B, classes, N] with the live tokens' new values [B, classes, M]."""
-    if canvas is None or live.place is None:
-        return values
-    place = live.place.unsqueeze(1).expand(-1, values.shape[1], -1)
-    return canvas.scatter(2, place, values.where(live.real.unsqueeze(1), canvas.gather(2, place)))
-
-
 @torch.no_grad()
 def easy(confidence: Tensor, real: Tensor | None, threshold: float, keep: int) -> Tensor:
-    """Which tokens are done [B, M]: their best of confidence [B, classes, M] lies above the threshold.
+    """Which tokens are done [B, N]: their best of confidence [B, classes, N] lies above the threshold.
 
     Of the tokens whose best class is the same, the `keep` surest are not.
     """
@@ -347,39 +373,25 @@ def easy(confidence: Tensor, real: Tensor | None, threshold: float, keep: int) -
     order = value.masked_fill(~sure, -torch.inf).sort(dim=1, descending=True).indices
     classes = torch.arange(confidence.shape[1], device=value.device)
     ranked = sure.gather(1, order)
-    member = (kind.gather(1, order).unsqueeze(2) == classes) & ranked.unsqueeze(2)  # [B, M, classes], surest first
+    member = (kind.gather(1, order).unsqueeze(2) == classes) & ranked.unsqueeze(2)  # [B, N, classes], surest first
     rank = (member.cumsum(dim=1) * member).sum(dim=2)
     return torch.zeros_like(sure).scatter(1, order, ranked & (rank > keep))
 
 
-@torch.fx.wrap
-def leave(x: Tensor, live: Live, finished: Tensor, prefix: int) -> tuple[Tensor, Live]:
-    """Tokens x [B, prefix + M, C] without the finished [B, M], each picture's in order, padded to the longest."""
-    stays = ~finished if live.real is None else live.real & ~finished
-    count = stays.shape[1]
-    rank = torch.arange(count, device=x.device)
-    longest = stays.sum(dim=1).amax(dim=0).clamp(min=2).item()  # two, lest an export has to ask if it is one
-    torch._check(longest >= 2)
-    torch._check(longest <= count)
-    order = (stays * count - rank).sort(dim=1, descending=True).indices.narrow(1, 0, longest)  # no two are equal
-    place = order if live.place is None else live.place.gather(1, order)
-    tokens = x[:, prefix:].gather(1, order.unsqueeze(2).expand(-1, -1, x.shape[2]))
-    return torch.cat([x[:, :prefix], tokens], dim=1), Live(place, stays.gather(1, order))
-
-
-def done(live: Live, count: int) -> Tensor:
-    """Which of a picture's `count` tokens have left [B, count]."""
-    left = torch.ones(live.place.shape[0], count, dtype=torch.bool, device=live.place.device)
-    return left.scatter(1, live.place, ~live.real)
+def leave(x: Tensor, live: Live | None, finished: Tensor) -> tuple[Tensor, Live]:
+    """Tokens x [B, N, C] or packed [T, C] without the finished [B, N], packed, each picture's in order."""
+    if live is None:
+        tokens, place, begins = pack_tokens(x, ~finished)
+        return tokens, Live(~finished, place, begins)
+    here = live.here & ~finished
+    tokens, rows, _ = pack_tokens(x.unsqueeze(0), here.flatten()[live.place].unsqueeze(0))
+    return tokens, Live(here, live.place[rows], F.pad(here.sum(dim=1).cumsum(dim=0), (1, 0)))
 
 
 def feature_map(stage: Stage, grid: tuple[int, int]) -> Tensor:
     """A stage's tokens as a map [B, C, y, x], zero where tokens had left before."""
-    x, live = stage.x, stage.live
-    if live.place is not None:
-        place = live.place.unsqueeze(2).expand_as(x)
-        x = x.new_zeros(x.shape[0], grid[0] * grid[1], x.shape[2]).scatter(1, place, x * live.real.unsqueeze(2))
-    return x.mT.unflatten(2, grid)
+    x = stage.x if stage.live is None else on_grid(stage.x, stage.live)
+    return x[:, -grid[0] * grid[1] :].mT.unflatten(2, grid)
 
 
 def initialise(model: nn.Module) -> None:

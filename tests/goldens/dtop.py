@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compiled_attn import zoo
-from compiled_attn.zoo.dtop import Config, DToP, done, feature_map
+from compiled_attn.zoo.dtop import Config, DToP, feature_map
 
 
 def run(case: Mapping[str, Any], weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -40,11 +40,12 @@ def run(case: Mapping[str, Any], weights: Mapping[str, Tensor], inputs: Mapping[
     pictures = next(iter(inputs.values()))
     x, grid = model.backbone.embed(pictures)
     stages = model.stages(x)
-    outputs = {"pred": model.maps(stages[-1], grid, pictures), "attn_canvas_final": stages[-1].canvas}
-    for i, stage in enumerate(stages):
-        outputs |= {f"feat{i}": feature_map(stage, grid), f"aux{i}_canvas": stage.canvas}
     count = grid[0] * grid[1]
+    canvases = [stage.canvas[:, :, -count:] for stage in stages]
+    outputs = {"pred": model.maps(stages[-1], grid, pictures), "attn_canvas_final": canvases[-1]}
+    for i, (stage, canvas) in enumerate(zip(stages, canvases, strict=True)):
+        outputs |= {f"feat{i}": feature_map(stage, grid), f"aux{i}_canvas": canvas}
     for i, after in enumerate(stages[1:]):
-        left = torch.zeros(len(pictures), count, dtype=torch.bool)
-        outputs[f"pruned_after_aux{i}"] = left if after.live.place is None else done(after.live, count)
+        none = torch.zeros(len(pictures), count, dtype=torch.bool)
+        outputs[f"pruned_after_aux{i}"] = none if after.live is None else ~after.live.here[:, -count:]
     return outputs
