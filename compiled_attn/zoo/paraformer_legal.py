@@ -6,7 +6,8 @@ question, and a linear map says whether the article is relevant. (Not the speech
 
 Reference: nguyenthanhasia/paraformer at 0222c25994b2bc1c052de7e793b8f05fdd2d526b (model.py, computation_units.py).
 Known differences: no dropout; texts come as token ids, batches of articles too (`real` names the sentences that are
-there); the encoder has gradients, which the reference's `encode` never gives it.
+there), and are encoded as one ragged batch, their real tokens packed; the encoder has gradients, which the reference's
+`encode` never gives it.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ class Transformer(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """Token ids [B, N] to sentence vectors [B, C]: the mean of the rows of real tokens."""
+    """Token ids [B, N] to sentence vectors [B, C]: the mean of the rows of real tokens, zeros where there is none."""
 
     def __init__(self, text: Text) -> None:
         super().__init__()
@@ -49,8 +50,7 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.get_submodule("0").auto_model(ids)
-        real = (ids != PAD).unsqueeze(-1).to(rows.dtype)
-        return (rows * real).sum(dim=1) / real.sum(dim=1).clamp(min=1e-9)
+        return rows.sum(dim=1) / (ids != PAD).sum(dim=1, keepdim=True).clamp(min=1)
 
 
 class GeneralAttention(nn.Module):
@@ -79,6 +79,12 @@ def only(scores: Tensor, real: Tensor | None) -> Tensor:
     return scores.where(real.unsqueeze(1), scores.amin(dim=-1, keepdim=True) - 2)  # none gets any 1 below the best
 
 
+@torch.fx.wrap
+def without(article: Tensor, real: Tensor | None) -> Tensor:
+    """Ids [B, N, T] with pads for sentences that are not there, by real [B, N]: nothing is computed for these."""
+    return article if real is None else article.where(real.unsqueeze(-1), PAD)
+
+
 class Paraformer(nn.Module):
     """Questions [B, L] and articles [B, N, T] (token ids, 1 pads) to logits [B, 2]; class 1 is "relevant"."""
 
@@ -98,7 +104,7 @@ class Paraformer(nn.Module):
         return self.classifier(self.general_attn(query.unsqueeze(1), sentences, real)[0].squeeze(1))
 
     def forward(self, query: Tensor, article: Tensor, real: Tensor | None = None) -> Tensor:
-        return self.relate(self.plm(query), self.sentences(article), real)
+        return self.relate(self.plm(query), self.sentences(without(article, real)), real)
 
 
 def texts(config: Config, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:

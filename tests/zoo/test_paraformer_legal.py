@@ -82,6 +82,27 @@ def test_a_batch_of_articles_of_different_lengths_equals_each_alone() -> None:
             torch.testing.assert_close(together[b : b + 1], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("relative", [True, False])
+def test_only_real_tokens_of_sentences_that_are_there_are_work_and_an_export_takes_other_counts(relative: bool) -> None:
+    torch.manual_seed(0)
+    model = Paraformer(Config(Text(50, **SIZES, relative=relative))).eval()
+    rows: list[int] = []
+    first = model.plm.get_submodule("0.auto_model.encoder.layer.0")
+    first.register_forward_pre_hook(lambda _module, args: rows.append(args[0].shape[0]))
+    query, article = ids(4, 9), torch.stack([ids(4, 12).roll(n, 0) for n in range(5)], dim=1)
+    article[2, 1] = 1  # a sentence without a word
+    real = torch.arange(5) < torch.tensor([1, 5, 3, 2])[:, None]
+    with torch.no_grad():
+        model(query, article, real)
+        assert rows == [int((query != 1).sum()), int((article[real] != 1).sum())]
+        batch = {0: torch.export.Dim("batch", max=16)}
+        given = (query[:2], article[:2], real[:2])
+        exported = torch.export.export(model, given, dynamic_shapes=(batch,) * 3, strict=False).module()
+        for part in (slice(0, 4), slice(2, 3)):
+            args = query[part], article[part], real[part]
+            torch.testing.assert_close(exported(*args), model(*args), rtol=1e-5, atol=1e-5)
+
+
 def test_pads_behind_a_text_change_nothing() -> None:
     torch.manual_seed(0)
     model = Paraformer(Config(Text(50, **SIZES))).eval()

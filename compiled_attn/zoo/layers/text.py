@@ -1,14 +1,18 @@
 """The text encoders MPNet (Song et al., arXiv 2004.09297) and XLM-R (Conneau et al., arXiv 1911.02116).
 
-Keys are those of transformers' MPNetModel and XLMRobertaModel. Token ids are [B, N]; id 1 pads; hidden rows [B, N, C].
+Keys are those of transformers' MPNetModel and XLMRobertaModel. Token ids are [B, N]; id 1 pads. Real tokens alone go
+through the layers, T packed rows [T, C], text behind text.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from compiled_attn.ops import pack_tokens, ragged_attention, unpack_tokens
 
 PAD = 1
 MASKED = -3e4  # the score of a pad as key: its softmax is zero in every precision, float16 can hold it
@@ -32,8 +36,24 @@ class Text:
     relative: bool = True
 
 
+class Texts(NamedTuple):
+    """Where packed rows belong. real [B, N] bool: which tokens are no pads; place [T]: text * N + position.
+
+    begins [B + 1]: where each text begins; bias [B, H, N, N]: MPNet's, which hides pads too; XLM-R has None.
+    """
+
+    real: Tensor
+    place: Tensor
+    begins: Tensor
+    bias: Tensor | None
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Rows [T, C] at their places [B, N, C], zeros for pads."""
+        return unpack_tokens(x, self.place, x.new_zeros(self.real.shape[0], self.real.shape[1], x.shape[1]))
+
+
 class Embeddings(nn.Module):
-    """Words with their positions; XLM-R adds the one row of a table of token types."""
+    """Words with their positions; XLM-R adds the one row of a table of token types. Gives packed rows and `Texts`."""
 
     def __init__(self, text: Text) -> None:
         super().__init__()
@@ -42,19 +62,25 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = None if text.relative else nn.Embedding(1, text.width)
         self.LayerNorm = nn.LayerNorm(text.width, eps=text.epsilon)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        real = (ids != PAD).long()
-        place = real.cumsum(dim=1) * real + PAD  # real tokens count from 2, pads stand at 1
-        x = self.word_embeddings(ids) + self.position_embeddings(place)
+    def forward(self, ids: Tensor) -> tuple[Tensor, Texts]:
+        real = ids != PAD
+        count = real.cumsum(dim=1) * real + PAD  # real tokens count from 2, pads stand at 1
+        x = self.word_embeddings(ids) + self.position_embeddings(count)
         if self.token_type_embeddings is not None:
             x = x + self.token_type_embeddings.weight[0]
-        return self.LayerNorm(x)
+        rows, place, begins = pack_tokens(x, real)
+        return self.LayerNorm(rows), Texts(real, place, begins, None)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor) -> Tensor:
-    """Attention in heads of q, k, v [B, N, C] with an additive bias that broadcasts to [B, H, N, N]: [B, N, C]."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, texts: Texts) -> Tensor:
+    """Attention in heads of q, k, v [T, C] within each text: [T, C]. Where there is a bias, at their places."""
+    if texts.bias is None:
+        q, k, v = (t.unflatten(1, (heads, -1)) for t in (q, k, v))
+        begins, longest = texts.begins, texts.real.shape[1]
+        return ragged_attention(q, k, v, begins, begins, scale=q.shape[2] ** -0.5, longest=longest).flatten(1)
+    q, k, v = (texts.spread(t).unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=texts.bias).transpose(1, 2).flatten(2)
+    return out.flatten(0, 1)[texts.place]
 
 
 class MPNetHeads(nn.Module):
@@ -68,8 +94,8 @@ class MPNetHeads(nn.Module):
         self.v = nn.Linear(text.width, text.width)
         self.o = nn.Linear(text.width, text.width)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.o(attend(self.q(x), self.k(x), self.v(x), self.heads, bias))
+    def forward(self, x: Tensor, texts: Texts) -> Tensor:
+        return self.o(attend(self.q(x), self.k(x), self.v(x), self.heads, texts))
 
 
 class MPNetAttention(nn.Module):
@@ -80,8 +106,8 @@ class MPNetAttention(nn.Module):
         self.attn = MPNetHeads(text)
         self.LayerNorm = nn.LayerNorm(text.width, eps=text.epsilon)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.LayerNorm(x + self.attn(x, bias))
+    def forward(self, x: Tensor, texts: Texts) -> Tensor:
+        return self.LayerNorm(x + self.attn(x, texts))
 
 
 class RobertaHeads(nn.Module):
@@ -94,8 +120,8 @@ class RobertaHeads(nn.Module):
         self.key = nn.Linear(text.width, text.width)
         self.value = nn.Linear(text.width, text.width)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return attend(self.query(x), self.key(x), self.value(x), self.heads, bias)
+    def forward(self, x: Tensor, texts: Texts) -> Tensor:
+        return attend(self.query(x), self.key(x), self.value(x), self.heads, texts)
 
 
 class Output(nn.Module):
@@ -118,8 +144,8 @@ class RobertaAttention(nn.Module):
         self.add_module("self", RobertaHeads(text))
         self.output = Output(text.width, text)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.output(self.get_submodule("self")(x, bias), x)
+    def forward(self, x: Tensor, texts: Texts) -> Tensor:
+        return self.output(self.get_submodule("self")(x, texts), x)
 
 
 class Intermediate(nn.Module):
@@ -142,8 +168,8 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(text)
         self.output = Output(text.hidden, text)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = self.attention(x, bias)
+    def forward(self, x: Tensor, texts: Texts) -> Tensor:
+        x = self.attention(x, texts)
         return self.output(self.intermediate(x), x)
 
 
@@ -155,14 +181,13 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(text) for _ in range(text.depth))
         self.relative_attention_bias = nn.Embedding(BUCKETS, text.heads) if text.relative else None
 
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        bias = torch.zeros_like(x[:, :1, :1]).masked_fill(~real[:, None], MASKED).unsqueeze(1)
+    def forward(self, x: Tensor, texts: Texts) -> Tensor:
         if self.relative_attention_bias is not None:
-            place = torch.ones_like(real[0], dtype=torch.int64).cumsum(dim=0)
-            table = self.relative_attention_bias(bucket(place[None, :] - place[:, None]))  # [N, N, H]
-            bias = bias + table.permute(2, 0, 1)  # [B, H, N, N]
+            place = torch.ones_like(texts.real[0], dtype=torch.int64).cumsum(dim=0)
+            table = self.relative_attention_bias(bucket(place[None, :] - place[:, None])).permute(2, 0, 1)  # [H, N, N]
+            texts = texts._replace(bias=table.where(texts.real[:, None, None], MASKED))
         for layer in self.layer:
-            x = layer(x, bias)
+            x = layer(x, texts)
         return x
 
 
@@ -185,7 +210,7 @@ class Pooler(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Ids [B, N] to hidden rows [B, N, C]."""
+    """Ids [B, N] to hidden rows [B, N, C], zero for pads."""
 
     def __init__(self, text: Text) -> None:
         super().__init__()
@@ -194,4 +219,5 @@ class TextEncoder(nn.Module):
         self.pooler = Pooler(text)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.encoder(self.embeddings(ids), ids != PAD)
+        x, texts = self.embeddings(ids)
+        return texts.spread(self.encoder(x, texts))
