@@ -2,13 +2,13 @@
 
     x  [B, N, C]                        tokens, place, begins = pack_tokens(x, keep);  x [1, T, C]
     linear, norms, MLP, reshapes   ->   as they are, with 1 for the pictures and T for the tokens
-    scaled_dot_product_attention   ->   ragged_attention within each picture
+    scaled_dot_product_attention   ->   ragged_attention within each picture; with a bias or mask, by place
     x[:, 0], x[:, 1:], x.mean(1)   ->   rows picked, rows left out, sums on a canvas [B, N, C], all by `begins`
     a table [N, ...] by position   ->   index_select by the positions that are left
     an output [B, N, C]            ->   unpack_tokens onto zeros
 
 One batch of T rows stands for the B pictures, so that the rules of follow_rules.py hold for all that works token by
-token. An op that mixes tokens in another way, and a bias or mask over pairs of tokens, raise `Lost`.
+token. An op that mixes tokens in another way raises `Lost`. Attention with a bias or mask: packed_pairs.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from torch import fx
 from compiled_attn.ir import _torch
 from compiled_attn.ir.op import NAMESPACE
 from compiled_attn.passes.follow import END, Follow, Lost, Part, Size, Stage, Tags, Tokens, plain, same, tokens_in
-from compiled_attn.passes.follow_layout import argument, dimension, span, tags_of
+from compiled_attn.passes.follow_layout import argument, dimension, tags_of
 from compiled_attn.passes.follow_rules import rule_name
+from compiled_attn.passes.packed_pairs import attention_by_place, check_pairs
+from compiled_attn.passes.packed_slices import cat, no_pictures, select, slice_, split
 from compiled_attn.passes.token_scores import Cursor
 
 aten = torch.ops.aten
@@ -254,20 +256,22 @@ def attention(f: FollowPacked, node: fx.Node) -> bool:
     tokens = tokens_in(tags[0][-2])
     if tokens is None or any(len(t[-2]) != 1 or tokens_in(t[-2]) != tokens for t in tags):
         raise Lost(node, "its queries and keys are not the packed tokens")
-    if argument(node, 3, "attn_mask", None) is not None:
-        raise Lost(
-            node, "it has a bias or a mask over pairs of tokens, which attention over packed tokens does not take"
-        )
     for position, option in ((4, "dropout_p"), (6, "enable_gqa")):
         if argument(node, position, option, None):
             raise Lost(node, f"{option}={argument(node, position, option, None)} has no form over packed tokens")
+    mask = argument(node, 3, "attn_mask", None)
+    if mask is not None:
+        check_pairs(f, node, mask)
     here = Cursor(f.edit, node)
     rows = [rows_of(f, here, node, x) for x in (q, k, v)]
     cut, stage = f.cut(tokens, node), f.stage_at(tokens)
     scale = argument(node, 7, "scale", None)
     scale = 1.0 / math.sqrt(int(rows[0].meta["val"].shape[2])) if scale is None else scale
-    options = {"scale": scale, "causal": bool(argument(node, 5, "is_causal", False)), "longest": stage.longest}
-    out = here(_op("ragged_attention"), *rows, cut.begins, cut.begins, **options)
+    if mask is not None:
+        out = attention_by_place(f, here, rows, mask, cut, stage, scale)
+    else:
+        options = {"scale": scale, "causal": bool(argument(node, 5, "is_causal", False)), "longest": stage.longest}
+        out = here(_op("ragged_attention"), *rows, cut.begins, cut.begins, **options)
     out = here(aten.transpose.int, out, 0, 1)
     if len(tags[0]) == 4:
         out = here(aten.unsqueeze.default, out, 0)
@@ -283,69 +287,6 @@ def rows_of(f: FollowPacked, here: Cursor, node: fx.Node, x: Any) -> fx.Node:
     if len(tags) == 4 and len(tags[0]) != 1:
         raise Lost(node, "its pictures are merged with others")
     return here(aten.transpose.int, here(aten.select.int, x, 0, 0) if len(tags) == 4 else x, 0, 1)
-
-
-def select(f: FollowPacked, node: fx.Node) -> bool:
-    """x[:, i]: row i of each picture."""
-    x, index = node.args[0], node.args[2]
-    tags = tags_of(f, x)
-    d = dimension(node.args[1], len(tags))  # type: ignore[arg-type]
-    no_pictures(node, tags, {d})
-    if tokens_in(tags[d]) is None:
-        return False
-    tokens, cut = f.pictures_first(node, x)
-    if d != 1 or not isinstance(index, int) or not (0 <= index < tokens.before or -tokens.after <= index < 0):
-        raise Lost(node, f"it takes token {index} by its place, where {tokens.before} stand in front of the patches")
-    here = Cursor(f.edit, node)
-    out = here(aten.index_select.default, here(aten.select.int, x, 0, 0), 0, fixed(here, cut, index, index + 1))
-    f.put(node, out, ((Part(tags[0][0].size, "batch"),), *tags[2:]))
-    return True
-
-
-def fixed(here: Cursor, cut: Cut, start: int, end: int) -> fx.Node:
-    """Rows [B * (end - start)] of the fixed tokens [start, end) of each picture; negative: from behind."""
-    side = (0, 0, -1) if start >= 0 else (0, 1, END)
-    ends = here(aten.slice.Tensor, cut.begins, *side)
-    if end - start == 1:
-        return here(aten.add.Tensor, ends, start)
-    some = here(aten.arange.start, start, end, device=cut.begins.meta["val"].device)
-    both = here(aten.add.Tensor, here(aten.unsqueeze.default, ends, 1), some)
-    return here(aten.reshape.default, both, [-1])
-
-
-def slice_(f: FollowPacked, node: fx.Node) -> bool:
-    """x[:, :k] of fixed tokens: picked; x[:, k:]: the rows without those."""
-    x: Any = node.args[0]
-    tags = tags_of(f, x)
-    d = dimension(argument(node, 1, "dim", 0), len(tags))
-    if tokens_in(tags[d]) is None:
-        if not same(f.shape(node)[d], f.shape(x)[d]):
-            no_pictures(node, tags, {d})
-        return False
-    if argument(node, 4, "step", 1) != 1:
-        raise Lost(node, "it takes tokens in steps")
-    dim, start, end = span(node, tags[d], argument(node, 2, "start", None), argument(node, 3, "end", None))
-    if dim == tags[d]:
-        f.put(node, x, tags)
-        return True
-    here = Cursor(f.edit, node)
-    tokens = tokens_in(dim)
-    if tokens is None:
-        _, cut = f.pictures_first(node, x)
-        end = 0 if start < 0 else end
-        rows = here(aten.index_select.default, here(aten.select.int, x, 0, 0), 0, fixed(here, cut, start, end))
-        out = here(
-            aten.reshape.default,
-            rows,
-            [f.pictures(here, cut), end - start, *(here.size(x, i) for i in range(2, len(tags)))],
-        )
-        f.put(node, out, ((Part(tags[0][0].size, "batch"),), plain(end - start), *tags[2:]))
-        return True
-    if f.cut(tokens_in(tags[d]), node).count:  # type: ignore[arg-type]
-        raise Lost(node, "it leaves out tokens in front a second time")
-    out = here(aten.index_select.default, x, d, f.cut(tokens, node).rows)
-    f.put(node, out, (*tags[:d], dim, *tags[d + 1 :]))
-    return True
 
 
 def reduction(f: FollowPacked, node: fx.Node) -> bool:
@@ -406,7 +347,7 @@ def not_along_tokens(f: FollowPacked, node: fx.Node) -> bool:
     """softmax, split, roll, ...: fine on dimensions that count neither tokens nor pictures."""
     name = rule_name(node)
     tags = tags_of(f, node.args[0])
-    position = 2 if name in ("split", "split_with_sizes", "chunk", "roll") else 1
+    position = 2 if name in ("split", "chunk", "roll") else 1
     given = argument(node, position, "dims" if name in ("roll", "flip") else "dim", 0)
     dims = {dimension(d, len(tags)) for d in (given if isinstance(given, (list, tuple)) else [given])}
     no_pictures(node, tags, dims)
@@ -420,20 +361,17 @@ def refused(f: FollowPacked, node: fx.Node) -> bool:
     raise Lost(node, f"{rule_name(node)} of packed tokens is not known")
 
 
-def no_pictures(node: fx.Node, tags: Tags, dims: set[int]) -> None:
-    if any(p.role == "packed" for d in dims for p in tags[d]):
-        raise Lost(node, "it takes pictures apart, which are packed here")
-
-
 RULES: dict[str, Callable[[FollowPacked, fx.Node], bool]] = {
     "scaled_dot_product_attention": attention,
     "select": select,
     "slice": slice_,
+    "cat": cat,
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "any", "all", "logsumexp"), reduction),
     "sym_size": token_count,
     **dict.fromkeys(("matmul", "bmm", "mm", "einsum"), one_factor),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"), not_along_tokens),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind", "roll", "flip"), not_along_tokens),
+    "split_with_sizes": split,
+    **dict.fromkeys(("split", "chunk", "unbind", "roll", "flip"), not_along_tokens),
     **dict.fromkeys(("linalg_vector_norm", "adaptive_avg_pool1d", "repeat"), refused),
     **dict.fromkeys((f"{NAMESPACE}.attention", f"{NAMESPACE}.attention_with_class_row"), refused),
 }

@@ -11,6 +11,7 @@ from torch import fx
 from compiled_attn.passes.follow import END, Lost, tokens_in
 from compiled_attn.passes.follow_layout import argument, tags_of
 from compiled_attn.passes.follow_packed import Cut, FollowPacked, Packed, rows_of
+from compiled_attn.passes.packed_pairs import check_pairs, row_of_mask
 from compiled_attn.passes.token_scores import Cursor
 
 aten = torch.ops.aten
@@ -23,8 +24,9 @@ def packed_score(follow: FollowPacked, attention: fx.Node, score: str) -> fx.Nod
     tokens = tokens_in(tags_of(follow, attention.args[1])[-2])
     if tokens is None:
         raise Lost(attention, "its keys are not the tokens")
-    if argument(attention, 3, "attn_mask", None) is not None:
-        raise Lost(attention, "it has a bias or a mask over pairs of tokens, by which packed tokens are not ranked")
+    mask = argument(attention, 3, "attn_mask", None)
+    if mask is not None and score == "mean-query":
+        raise Lost(attention, "the mean of its bias or mask over the queries that are left is not known")
     if argument(attention, 5, "is_causal", False):
         raise Lost(attention, "tokens can not be ranked by a causal attention")
     stage = follow.stage_at(tokens)
@@ -42,6 +44,9 @@ def packed_score(follow: FollowPacked, attention: fx.Node, score: str) -> fx.Nod
         mine = here(aten.index_select.default, asked, 0, picture)
         logits = here(aten.sum.dim_IntList, here(aten.mul.Tensor, mine, k), [2])  # [T, H]
         logits = on_canvas(follow, here, here(aten.mul.Tensor, logits, scale), cut, -math.inf)  # [B, N, H]
+        if mask is not None:
+            check_pairs(follow, attention, mask)
+            logits = here(aten.add.Tensor, logits, row_of_mask(here, mask))
         row = here(aten.mean.dim, here(aten.softmax.int, logits, 1), [2], True)
         return patches(here, row, stage)
 

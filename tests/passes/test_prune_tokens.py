@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import enliven, timm_model
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from prune_reference import pruned
+from test_follow import COUNT, WIDTH, with_attention, with_head
 from test_reorganize_tokens import capture_raised, poolers, raised, stock, tensors, worst
 
 from compiled_attn.ir.errors import PassError
@@ -20,6 +22,7 @@ from compiled_attn.ir.verify import verify
 from compiled_attn.passes import pipelines
 from compiled_attn.passes.base import run_passes
 from compiled_attn.passes.prune_tokens import PruneTokens, with_kept_masks
+from compiled_attn.passes.raise_attention import RaiseAttention
 from compiled_attn.passes.reorganize_tokens import ReorganizeTokens
 from compiled_attn.runtime.capture import capture
 
@@ -27,6 +30,7 @@ MASS = {"mass": (0.9, 0.8, 0.85), "at": (0, 1, 2)}
 THRESHOLD = {"threshold": 0.05, "at": (0, 2), "keep_at_least": 3, "keep_at_most": 9}
 MODELS = ("deit_small_patch16_224", "vit_base_patch16_224", "ViTModel", "Dinov2Model")
 MORE = ("deit3_small_patch16_224", "vit_small_patch14_dinov2", "DeiTModel", "flexivit_small")
+TABLES = ("beit_base_patch16_224", "eva02_tiny_patch14_224", "DINOv3ViTModel")  # a bias by pairs, rotary tables
 
 
 @functools.cache
@@ -63,8 +67,14 @@ def test_a_stock_model_pruned_equals_the_rule_picture_by_picture(name):
         check(cleaned(name), model, side, options, batch, counts_differ=False)
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_biases_by_pairs_and_rotary_tables_are_those_of_the_tokens_that_are_left(name):
+    model, side = stock(name)
+    check(raised(name), model, side, MASS, 5, counts_differ=False)
+
+
 @pytest.mark.deep
-@pytest.mark.parametrize("name", [*MODELS, *MORE])
+@pytest.mark.parametrize("name", [*MODELS, *MORE, *TABLES])
 def test_more_stock_models_and_options_equal_the_rule(name):
     model, side = stock(name)
     for at in ((0,), (1, 2), (0, 1, 2)):
@@ -133,19 +143,65 @@ def test_the_same_program_gives_the_same_text_up_to_the_number_of_its_size():
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "because"),
-    [
-        ("beit_base_patch16_224", "it has a bias or a mask over pairs of tokens"),
-        ("eva02_tiny_patch14_224", "pictures and tokens are not its first two dimensions"),
-    ],
-)
-def test_what_can_not_be_followed_is_a_miss_that_names_the_node(name, because):
+def pruned_net(model, x):
+    """A network of test_follow.py pruned behind its first two blocks, run."""
+    program, _ = run_passes(capture(model.eval(), (x,)), [RaiseAttention()], None, Notes())
+    with torch.no_grad():
+        return prune(program, mass=0.7, at=(0, 1))(x)
+
+
+def test_a_boolean_mask_hides_what_the_same_mask_added_to_the_scores_does():
+    seen = torch.rand(COUNT, COUNT) > 0.4
+    seen[:, 0] = True
+    torch.manual_seed(1)
+    hidden = with_attention(lambda s, q, k, v: sdpa(q, k, v, s.seen), seen=seen)
+    bias = torch.zeros(COUNT, COUNT).masked_fill(~seen, -torch.inf)
+    torch.manual_seed(1)
+    added = with_attention(lambda s, q, k, v: sdpa(q, k, v, s.seen), seen=bias)
+    x = torch.randn(4, COUNT - 1, WIDTH)
+    (out, masks), (want, wanted) = pruned_net(hidden, x), pruned_net(added, x)
+    assert [m.tolist() for m in masks] == [m.tolist() for m in wanted]
+    assert 0 < masks[-1].sum() < masks[0].sum() < masks[0].numel()
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_token_taken_off_and_put_on_stands_in_front_of_its_own_patches():
+    torch.manual_seed(1)
+    doubled = with_head(lambda x: torch.cat([x[:, :1] * 2, x[:, 1:]], 1))
+    torch.manual_seed(1)
+    plain = with_head(lambda x: x)
+    x = torch.randn(4, COUNT - 1, WIDTH) * torch.tensor([0.1, 1.0, 3.0, 9.0]).view(-1, 1, 1)
+    (out, _), (want, masks) = pruned_net(doubled, x), pruned_net(plain, x)
+    assert len({*masks[-1].sum(1).tolist()}) > 1
+    want[:, 0] *= 2
+    torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
+
+
+REFUSED = {
+    "weights over tokens": (lambda x: x.softmax(1)[:, 0], "softmax over packed tokens would reach over the borders"),
+    "products of tokens": (
+        lambda x: torch.einsum("bnc,bnd->bcd", x, x),
+        "packed tokens with packed tokens, over the borders of pictures",
+    ),
+    "tokens doubled": (lambda x: torch.cat([x, x], 1)[:, 0], "it joins packed tokens to others than fixed ones"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_mixes_packed_tokens_is_refused_in_words(name):
+    head, because = REFUSED[name]
+    with pytest.raises(PassError, match="can not follow the tokens through") as error:
+        pruned_net(with_head(head), torch.randn(4, COUNT - 1, WIDTH))
+    assert because in error.value.facts
+
+
+def test_what_can_not_be_followed_is_a_miss_that_names_the_node():
     notes = Notes()
     with pytest.raises(PassError, match=r"can not follow the tokens through .*blocks\.1") as error:
-        prune(raised(name), notes, mass=0.9, at=(0,))
+        prune(raised("beit_base_patch16_224"), notes, mass=0.9, at=(0, 1), score="mean-query")
     (miss,) = notes.misses
-    assert re.search(because, miss.because) and miss.because == error.value.facts
+    assert re.search("the mean of its bias or mask over the queries that are left is not known", miss.because)
+    assert miss.because == error.value.facts
     assert "blocks.1" in miss.where and "timm" in error.value.where
 
 
