@@ -85,7 +85,7 @@ def table(rows: dict[str, dict[int, float]], budgets: list[int], full: float, co
 def plot(rows: dict[str, dict[int, float]], budgets: list[int], full: float, path: Path) -> None:
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
@@ -98,7 +98,7 @@ def plot(rows: dict[str, dict[int, float]], budgets: list[int], full: float, pat
     axes.set_ylabel("perplexity a byte")
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -124,7 +124,7 @@ def main() -> None:
             print(f"{name:<26} {budget:4d} slots  {rows[name][budget]:.3f}", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "perplexity.md").write_text(table(rows, options.budgets, full, options.texts))
-    plot(rows, options.budgets, full, RESULTS / "perplexity.svg")
+    plot(rows, options.budgets, full, RESULTS / "perplexity.png")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ __all__ = [
     "export",
     "generate",
     "load",
+    "load_decoder",
     "observe",
     "ops",
     "passes",
@@ -31,6 +32,7 @@ _FUNCTIONS = {
     "export": "compiled_attn.runtime.export",
     "generate": "compiled_attn.runtime.generate",
     "load": "compiled_attn.runtime.load",
+    "load_decoder": "compiled_attn.runtime.decoder_file",
     "observe": "compiled_attn.runtime.observe",
 }
 _MODULES = {

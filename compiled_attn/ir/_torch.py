@@ -322,6 +322,11 @@ def package_loader(path: str, *, device_index: int = -1, runners: int = 1) -> An
     return torch._C._aoti.AOTIModelPackageLoader(path, "model", False, runners, device_index)
 
 
+def give_weights(loader: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Tensors by name for a package built without its weights; it reads them where they are, and keeps none alive."""
+    loader.load_constants(tensors, False, True, True)  # in use at once, all of them, the caller's own
+
+
 def refined_shapes(message: str, shapes: Any) -> Any:
     """dynamic_shapes with the ranges and multiples that torch.export's error suggests.
 

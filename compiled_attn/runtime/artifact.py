@@ -18,7 +18,7 @@ from compiled_attn import __version__
 from compiled_attn.ir.errors import ContractError
 from compiled_attn.ir.program import Program
 from compiled_attn.ir.targets import Target
-from compiled_attn.runtime import archive, contract, describe, package
+from compiled_attn.runtime import archive, contract, describe, package, weights
 from compiled_attn.runtime.contract import Contract, MemberSpec, Needs, PassRecord
 from compiled_attn.runtime.host import needs_of
 
@@ -70,11 +70,14 @@ def write_artifact(
 
 
 def _raw_members(raw: Path) -> list[tuple[str, bytes]]:
-    """Members of torch's own archive, by name, under our root."""
+    """Members of torch's own archive, by name, under our root; without weights that it keeps beside the code."""
     found: dict[str, bytes] = {}
     with zipfile.ZipFile(raw) as source:
         for name in source.namelist():
-            fresh = archive.ROOT + name.split("/", 1)[-1]
+            rest = name.split("/", 1)[-1]
+            if rest.startswith(weights.RAW) or rest.endswith(f"/{weights.CONFIG}"):
+                continue
+            fresh = archive.ROOT + rest
             if fresh in found:
                 raise ContractError(
                     f"two members are named {fresh}",

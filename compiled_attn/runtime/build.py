@@ -30,7 +30,10 @@ PRECISIONS = {None: None, "float32": None, "bf16": torch.bfloat16, "fp16": torch
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is compiled: everything but the model and its inputs."""
+    """How a model is compiled: everything but the model and its inputs.
+
+    weights_beside: the package holds its weights beside the code, and not in it (runtime/weights.py).
+    """
 
     target: Target
     passes: tuple[Pass, ...] = ()
@@ -41,6 +44,7 @@ class Settings:
     tune: str = "heuristic"
     dump: str | None = None
     compare: bool = False
+    weights_beside: bool = False
 
     @classmethod
     def of(cls, target: str | Target = "auto", **options: Any) -> Settings:
@@ -109,7 +113,7 @@ def build_package(build: Build, path: str | Path) -> Path:
     targets.require_here(settings.target)
     began = time.perf_counter()
     program = lower.lower(build.program, settings.target, build.notes, strict=settings.strict)
-    options = lower.inductor_config(settings.target, program)
+    options = lower.inductor_config(settings.target, program, weights_beside=settings.weights_beside)
     key = package_cache.key_of(program, options)
     if key is not None and package_cache.fetch(key, Path(path)):
         build.seconds["fetched"] = time.perf_counter() - began

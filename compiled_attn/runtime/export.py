@@ -21,13 +21,15 @@ from compiled_attn.runtime.build import Build, Settings, build_package, prepare
 from compiled_attn.runtime.bundle import Bundle, write_bundle
 from compiled_attn.runtime.contract import CROSS, Call
 from compiled_attn.runtime.cross_attention import fuse_attention
+from compiled_attn.runtime.decoder_file import Decoder, export_decoder
 from compiled_attn.runtime.host import needs_of
 from compiled_attn.runtime.lower import lower
 from compiled_attn.runtime.onnx import OnnxFile, export_onnx
+from compiled_attn.runtime.programs import DecoderFile
 
 
 def export(
-    model: nn.Module,
+    model: nn.Module | Decoder,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -38,7 +40,7 @@ def export(
     passes: Sequence[Pass] = (),
     strict: bool = False,
     tune: str = "heuristic",
-) -> Artifact | OnnxFile | Bundle:
+) -> Artifact | OnnxFile | Bundle | DecoderFile:
     """Compiles `model` into an artifact at `path` that `compiled_attn.load` and the C++ runner run without the model.
 
     target: a GPU that this machine does not have is built for all the same (runtime/cross.py); the contract then says
@@ -50,9 +52,20 @@ def export(
 
     args, kwargs: example inputs. Dimensions are fixed but for those in dynamic_shapes (as `compile` takes it).
     precision, passes, strict, tune: as for `compile`.
+    A decoder (`compiled_attn.decoder`) gives one file of its two programs with one copy of their weights, for
+    `load_decoder` and the C++ runner; besides path only target, strict and tune apply to it.
     Tensors that the model writes into must be its inputs (state); a buffer that it writes into is an error.
     Raises CaptureError, PassError, TargetError, LowerError or ContractError, each in four parts.
     """
+    if isinstance(model, Decoder):
+        if args or kwargs or dynamic_shapes is not None or precision or passes or not isinstance(target, (str, Target)):
+            raise PassError(
+                "a decoder is exported as it was made",
+                where=str(path),
+                facts="inputs, sizes, precision and passes were settled by compiled_attn.decoder; it has one target",
+                do="give export(decoder, path=...) only target=, strict= and tune= besides",
+            )
+        return export_decoder(model, path, target=target, strict=strict, tune=tune)
     if Path(path).suffix == ".onnx":
         return _export_onnx(model, args, kwargs, path, dynamic_shapes, precision, passes)
     if not isinstance(target, (str, Target)):

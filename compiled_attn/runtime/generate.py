@@ -25,36 +25,11 @@ from compiled_attn.passes.base import run_passes
 from compiled_attn.passes.evict_kv import EvictKV
 from compiled_attn.passes.evict_policies import Policy, SlidingWindow
 from compiled_attn.passes.pipelines import portable
-from compiled_attn.runtime import conversation as conversations
-from compiled_attn.runtime.contract import Call, TensorSpec
 from compiled_attn.runtime.conversation import Conversation
-from compiled_attn.runtime.decoder import Step, captured, step_inputs
+from compiled_attn.runtime.decoder import captured
+from compiled_attn.runtime.decoder_file import Decoder, Recipe, export_decoder, load_decoder
 from compiled_attn.runtime.describe import call_of
-from compiled_attn.runtime.export import export
-from compiled_attn.runtime.load import load
 from compiled_attn.runtime.lower import inline
-
-FILES = ("prompt.pt2", "step.pt2")
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Two programs over one state: `prompt` takes 1 to `chunk` tokens a text, `step` one; both give the last logits.
-
-    (tokens [B, T], positions [B, T], state, slots=) -> logits [B, 1, vocabulary].
-    limit: longest text, where the caches hold all of it; None: they forget, and there is no end.
-    """
-
-    prompt: Callable[..., Tensor]
-    step: Callable[..., Tensor]
-    call: Call
-    chunk: int
-    device: torch.device
-    limit: int | None = None
-
-    def fresh(self, batch: int = 1) -> Conversation:
-        """A conversation of `batch` texts that has not begun."""
-        return conversations.fresh(self.call, batch, self.device)
 
 
 def decoder(
@@ -75,13 +50,13 @@ def decoder(
     """
     limit = None if policy is not None else min((budget,) if isinstance(budget, int) else budget)
     item = EvictKV(policy or SlidingWindow(), budget, positions="positions")
-    if compiled:
-        with tempfile.TemporaryDirectory(prefix="compiled_attn-") as folder:
-            export_decoder(model, folder, item=item, chunk=chunk, batch=batch, target=target)
-            found = load_decoder(folder)
-        return replace(found, limit=limit)
     prompt, step = (captured(model, chunk, prompt=p, batch=batch, last=True) for p in (True, False))
-    return replace(rewritten(prompt, step, item, chunk=chunk), limit=limit)
+    found = replace(rewritten(prompt, step, item, chunk=chunk), limit=limit, recipe=Recipe(model, item, chunk, batch))
+    if not compiled:
+        return found
+    with tempfile.TemporaryDirectory(prefix="compiled_attn-") as folder:
+        export_decoder(found, Path(folder) / "decoder.pt2", target=target)
+        return replace(load_decoder(Path(folder) / "decoder.pt2"), recipe=found.recipe)
 
 
 def rewritten(prompt: Program, step: Program, item: EvictKV, *, chunk: int) -> Decoder:
@@ -90,37 +65,6 @@ def rewritten(prompt: Program, step: Program, item: EvictKV, *, chunk: int) -> D
     first, one = (run_passes(program, portable([item]), here, Notes())[0] for program in (prompt, step))
     device = one.example_inputs[0][0].device
     return Decoder(runner(first), runner(one), call_of(one), chunk, device)
-
-
-def export_decoder(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    item: EvictKV,
-    chunk: int = 512,
-    batch: int | None = None,
-    target: str = "auto",
-) -> tuple[Any, Any]:
-    """Writes the prompt's and the step's artifacts into a folder, `prompt.pt2` and `step.pt2`, for `load_decoder` and
-    the C++ runner. Both name their state, which the caller holds.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    step = Step(model, chunk, last=True)
-    made = []
-    for name, prompt in zip(FILES, (True, False), strict=True):
-        args, shapes = step_inputs(step, prompt=prompt, batch=batch)
-        made.append(export(step, args, path=folder / name, target=target, dynamic_shapes=shapes, passes=[item]))
-    return made[0], made[1]
-
-
-def load_decoder(folder: str | Path, *, device: str | None = None) -> Decoder:
-    """The decoder that `export_decoder` wrote. Raises ContractError as `load` does."""
-    prompt, step = (load(Path(folder) / name, device=device) for name in FILES)
-    tokens = next(i for i in prompt.contract.call.inputs if isinstance(i, TensorSpec))
-    size = tokens.shape[1]
-    longest = size if isinstance(size, int) else prompt.contract.call.symbols[str(size)].max
-    return Decoder(prompt, step, step.contract.call, longest or 1, step.device)
 
 
 def runner(program: Program) -> Callable[..., Tensor]:

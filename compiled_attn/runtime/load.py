@@ -16,30 +16,35 @@ import torch
 
 from compiled_attn.ir import _torch
 from compiled_attn.ir.errors import ContractError
-from compiled_attn.runtime import archive, bundle, contract, package
+from compiled_attn.runtime import archive, bundle, contract, package, programs
 from compiled_attn.runtime.call import Caller
 from compiled_attn.runtime.contract import Contract
 from compiled_attn.runtime.host import require_device, require_machine
+from compiled_attn.runtime.weights import Wanted, require_fit
 
 _CONSTRUCTION = threading.Lock()  # torch's loader may not be constructed by two threads at once
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A file that keeps its contract. members: name -> bytes (the contract's own left out), in memory."""
+    """A file that keeps its contract. members: name -> bytes (the contract's own left out), in memory.
+
+    weights: those that its code asks for, where they are not in it.
+    """
 
     path: Path
     contract: Contract
     members: Mapping[str, memoryview]
+    weights: Mapping[str, Wanted]
 
 
 def read(path: str | Path, *, expect_sha256: str | None = None, target: str | None = None) -> Contents:
     """Reads an artifact once and checks all of it, for any machine; no code of it is run, nothing is written.
 
-    target: which of a file for several targets; left out, the first of them.
+    target: which of a file for several targets; left out, the first of them. Of a decoder's file, the prompt's program.
     Raises ContractError: no artifact, damaged, no well-formed contract, or a contract that the members contradict.
     """
-    return _checked(Path(path), _bytes_of(Path(path), expect_sha256), None, target=target)
+    return _checked(Path(path), bytes_of(Path(path), expect_sha256), None, target=target)
 
 
 def load(
@@ -62,10 +67,21 @@ def load(
     """
     path = Path(path)
     asked = None if device is None else str(device)
-    contents = _checked(path, _bytes_of(path, expect_sha256), torch.__version__, device=asked)
-    where = _device(contents.contract, device, path)
-    if where.type == "cuda":
-        require_device(contents.contract.target, where.index, str(path))
+    contents = _checked(path, bytes_of(path, expect_sha256), torch.__version__, device=asked)
+    if contents.weights:
+        raise ContractError(
+            "the artifact's weights are not in it",
+            where=str(path),
+            facts=f"its code asks for {len(contents.weights)} of them, which lie in the file that it is a program of",
+            do="load that file: compiled_attn.load_decoder(path)",
+        )
+    where = device_of(contents.contract, device, path)
+    set_threads(threads)
+    return LoadedModel(contents, where)
+
+
+def set_threads(threads: int | None) -> None:
+    """torch's number of threads for the whole process; None leaves it. Raises ContractError."""
     if threads is not None:
         if threads < 1:
             raise ContractError(
@@ -74,7 +90,6 @@ def load(
                 do="give 1 or more, or leave it out",
             )
         torch.set_num_threads(threads)
-    return LoadedModel(contents, where)
 
 
 class LoadedModel:
@@ -83,12 +98,17 @@ class LoadedModel:
     It is for inference: results carry no gradient. Its private copy of the files goes when it is collected, or at exit.
     """
 
-    def __init__(self, contents: Contents, device: torch.device) -> None:
+    def __init__(
+        self, contents: Contents, device: torch.device, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
         self.path, self.contract, self.device = contents.path, contents.contract, device
         self._caller = Caller(contents.contract.call, str(contents.path), device)
         folder = tempfile.mkdtemp(prefix="compiled_attn-")  # mode 0700
         self._cleanup = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._loader = _open(contents, folder, device)
+        self.weights = weights or {}  # kept alive for the code, which reads them where they are
+        if self.weights:
+            _torch.give_weights(self._loader, self.weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result, in the structure that the model itself gives. Raises ContractError for a wrong call."""
@@ -111,7 +131,8 @@ class LoadedModel:
         return f"LoadedModel({self.path.name}: {taken} -> {', '.join(o.name for o in call.outputs)})"
 
 
-def _bytes_of(path: Path, expect_sha256: str | None) -> bytes:
+def bytes_of(path: Path, expect_sha256: str | None) -> bytes:
+    """A file's bytes, read once. Raises ContractError."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -141,14 +162,26 @@ def _checked(
     device: str | None = None,
     target: str | None = None,
     part: bundle.Part | None = None,
+    member: str = "",
 ) -> Contents:
     """All checks of a file's bytes. torch_version: also check release and machine, before the package's own word.
 
-    device, target: which part of a file for several targets.  part: which of them `data` is.
+    device, target: which part of a file for several targets.  part: which of them `data` is.  member: which of a
+    decoder's programs it is.
     """
-    where = str(path) if part is None else f"{path}, member {part.member}"
+    member = member if part is None else part.member
+    where = f"{path}, member {member}" if member else str(path)
     members, digest = archive.unpack(memoryview(data), where)
-    if bundle.INDEX in members and part is None:
+    if programs.INDEX in members and not member:
+        if torch_version is None:
+            return next(iter(checked_programs(path, members, digest, None)[1].values()))
+        raise ContractError(
+            "the file holds a decoder",
+            where=where,
+            facts=f"its programs are {' and '.join(programs.NAMES)}, over one state",
+            do="load it with compiled_attn.load_decoder",
+        )
+    if bundle.INDEX in members and not member:
         parts = bundle.parts_of(members, digest, where)
         if target is not None:
             chosen, payload = bundle.named(parts, target, where)
@@ -182,8 +215,22 @@ def _checked(
     if torch_version is not None:
         _require_torch(stated, torch_version, where)
         require_machine(stated.target, where)
-    package.compare(stated, package.facts_of(members, where), where)
-    return Contents(path, stated, members)
+    facts = package.facts_of(members, where)
+    package.compare(stated, facts, where)
+    return Contents(path, stated, members, facts.weights)
+
+
+def checked_programs(
+    path: Path, members: Mapping[str, memoryview], digest: str, torch_version: str | None
+) -> tuple[programs.Programs, dict[str, Contents]]:
+    """All checks of a decoder's file: its index, each program as a file of its own, and that the weights fit."""
+    found = programs.programs_of(members, digest, str(path))
+    contents = {}
+    for name, program in found.programs.items():
+        contents[name] = _checked(path, program.data, torch_version, member=program.member)
+        given = {weight: found.weights[at].nbytes for weight, at in program.weights.items()}
+        require_fit(contents[name].weights, given, f"{path}, member {program.member}")
+    return found, contents
 
 
 def _compare_members(stated: Contract, members: Mapping[str, memoryview], where: str) -> None:
@@ -218,7 +265,8 @@ def _require_torch(stated: Contract, version: str, where: str) -> None:
         )
 
 
-def _device(stated: Contract, device: str | torch.device | None, path: Path) -> torch.device:
+def device_of(stated: Contract, device: str | torch.device | None, path: Path) -> torch.device:
+    """The device to run on, which is here and of the kind asked for. Raises ContractError."""
     wanted = torch.device(stated.target.device if device is None else device)
     if wanted.type != stated.target.device:
         raise ContractError(
@@ -227,7 +275,10 @@ def _device(stated: Contract, device: str | torch.device | None, path: Path) -> 
             facts=f"built for {stated.target.device}, asked for {wanted}",
             do=f"load it without device=, or export the model with target='{wanted.type}'",
         )
-    return torch.device(wanted.type, wanted.index or 0) if wanted.type == "cuda" else wanted
+    if wanted.type == "cuda":
+        wanted = torch.device(wanted.type, wanted.index or 0)
+        require_device(stated.target, wanted.index, str(path))
+    return wanted
 
 
 def _open(contents: Contents, folder: str, device: torch.device) -> Any:

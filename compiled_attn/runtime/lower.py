@@ -26,7 +26,7 @@ from compiled_attn.ir.program import PROVENANCE, Edit, Program
 from compiled_attn.ir.targets import Target
 from compiled_attn.ops.templates import registry
 from compiled_attn.passes.pack_linear import apply_linear_choices
-from compiled_attn.runtime import launch
+from compiled_attn.runtime import launch, weights
 from compiled_attn.runtime.package_cache import source_digest
 
 NAME = "lower"
@@ -81,16 +81,19 @@ def lower(program: Program, target: Target, notes: Notes, *, strict: bool = Fals
     return apply_linear_choices(program, target) if target.kind == "cpu" else program
 
 
-def inductor_config(target: Target, program: Program) -> dict[str, Any]:
+def inductor_config(target: Target, program: Program, *, weights_beside: bool = False) -> dict[str, Any]:
     """Inductor's options for a lowered program.
 
     Weights that the program owns are frozen in inference, so that oneDNN packs them. Threads are asked for when the
     code runs, not when it is built; where only one thread builds, Inductor is told of two, for it would leave out what
     keeps a scalar's update to one thread of the several that may run it later. A CPU target other than this machine's
     own sets what the compiler may use.
+
+    weights_beside: the code asks for its weights when it is loaded (runtime/weights.py). They stay as they are in the
+    program, where freezing would make its own of them, other ones in each of the programs that share them.
     """
-    options: dict[str, Any] = {}
-    if program.mode == "inference" and (program.state or program.constants):
+    options: dict[str, Any] = dict(weights.OPTIONS) if weights_beside else {}
+    if not weights_beside and program.mode == "inference" and (program.state or program.constants):
         options["freezing"] = True
     if target.kind == "cpu":
         options["cpp.dynamic_threads"] = True

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from compiled_attn.ir.errors import ContractError
+from compiled_attn.runtime import weights
 from compiled_attn.runtime.contract import Call, Contract, TensorSpec
 
 FOLDER = "model/data/aotinductor/model/"
@@ -52,6 +53,7 @@ class PackageFacts:
     counts: tuple[int, int]
     specs: dict[str, str]
     library: memoryview
+    weights: dict[str, weights.Wanted]  # those that are not in the library
 
     @property
     def isa(self) -> set[str]:
@@ -82,6 +84,15 @@ def facts_of(members: Mapping[str, memoryview], where: str) -> PackageFacts:
             facts="AOTInductor writes a flat JSON record there",
             do="export the model again",
         ) from None
+    try:
+        wanted = weights.wanted_by(source)
+    except (ValueError, KeyError):
+        raise ContractError(
+            "the package asks for weights of an unknown form",
+            where=f"{where}, member {wrappers[0]}",
+            facts="AOTInductor writes their dtypes, shapes and strides there",
+            do="export the model again",
+        ) from None
     counts = _COUNTS.search(source)
     return PackageFacts(
         metadata=metadata,
@@ -89,6 +100,7 @@ def facts_of(members: Mapping[str, memoryview], where: str) -> PackageFacts:
         counts=(int(counts[1]), int(counts[2])) if counts else (-1, -1),
         specs={which: text for which, text in _SPEC.findall(source)},
         library=model[libraries[0]],
+        weights=wanted,
     )
 
 

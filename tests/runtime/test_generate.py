@@ -13,7 +13,8 @@ from decoders import VOCABULARY
 import compiled_attn as ca
 from compiled_attn.ir.errors import CompiledAttnError
 from compiled_attn.passes.evict_policies import HeavyHitters, Policy, SinkAndRecent
-from compiled_attn.runtime.generate import Decoder, sample
+from compiled_attn.runtime.decoder_file import Decoder
+from compiled_attn.runtime.generate import sample
 
 H2O = HeavyHitters(recent=4)
 

@@ -1,10 +1,14 @@
-"""A decoder exported with its eviction: two artifacts over one explicit state say what the eager programs say."""
+"""A decoder exported with its eviction: one file, one copy of the weights, explicit state, and the eager tokens."""
 
 from __future__ import annotations
 
+import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import decoders
 import numpy as np
@@ -13,24 +17,30 @@ import torch
 from decoders import VOCABULARY
 
 import compiled_attn as ca
-from compiled_attn.passes.evict_kv import EvictKV
+from compiled_attn.ir.errors import CompiledAttnError, ContractError
 from compiled_attn.passes.evict_policies import HeavyHitters
-from compiled_attn.runtime.generate import Decoder, export_decoder, load_decoder
+from compiled_attn.runtime import archive, programs
+from compiled_attn.runtime.contract import canonical
+from compiled_attn.runtime.decoder_file import Decoder
+from compiled_attn.runtime.load import read
+from compiled_attn.runtime.programs import DecoderFile
 
 BUDGET, CHUNK, STEPS = 12, 8, 200
-ITEM = EvictKV(HeavyHitters(recent=6), BUDGET, positions="positions")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("decoder")
-    export_decoder(decoders.stock("llama"), found, item=ITEM, chunk=CHUNK)
-    return found
+def eager() -> Decoder:
+    return ca.decoder(decoders.stock("llama"), policy=HeavyHitters(recent=6), budget=BUDGET, chunk=CHUNK)
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> Decoder:
-    return load_decoder(folder)
+def file(eager: Decoder, tmp_path_factory: pytest.TempPathFactory) -> DecoderFile:
+    return ca.export(eager, path=tmp_path_factory.mktemp("decoder") / "llama.pt2", target="cpu")
+
+
+@pytest.fixture(scope="module")
+def loaded(file: DecoderFile) -> Decoder:
+    return ca.load_decoder(file.path, expect_sha256=file.sha256)
 
 
 def prompts(lengths: tuple[int, ...]) -> list[list[int]]:
@@ -38,8 +48,7 @@ def prompts(lengths: tuple[int, ...]) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (n,), generator=random).tolist() for n in lengths]
 
 
-def test_the_artifacts_say_the_tokens_that_the_eager_programs_say(loaded: Decoder) -> None:
-    eager = ca.decoder(decoders.stock("llama"), policy=ITEM.policy, budget=BUDGET, chunk=CHUNK)
+def test_the_loaded_file_says_the_tokens_that_the_eager_programs_say(eager: Decoder, loaded: Decoder) -> None:
     texts = prompts((19, 5))
     found, wanted = (ca.generate(d, texts, max_new_tokens=STEPS) for d in (loaded, eager))
     assert found.tokens == wanted.tokens
@@ -47,7 +56,35 @@ def test_the_artifacts_say_the_tokens_that_the_eager_programs_say(loaded: Decode
     assert found.conversation.lengths == [19 + STEPS - 1, 5 + STEPS - 1]
 
 
-def test_two_conversations_over_one_artifact_do_not_mix(loaded: Decoder) -> None:
+def test_the_runner_without_python_says_the_same_and_its_state_can_be_gone_on_with(
+    file: DecoderFile, loaded: Decoder, runner: Path, tmp_path: Path
+) -> None:
+    texts = prompts((19, 5))
+    wanted = ca.generate(loaded, texts, max_new_tokens=STEPS).tokens
+    filled = np.full((2, 19), -1)
+    for row, text in zip(filled, texts, strict=True):
+        row[19 - len(text) :] = text
+    first, rest = spoken(runner, file.path, filled, tmp_path / "first", 60), STEPS - 60
+    state = [f"{p.stem}={p}" for p in (tmp_path / "first").iterdir() if p.stem != "tokens"]
+    then = spoken(runner, file.path, first[:, -1:], tmp_path / "then", rest, state)
+    assert np.concatenate([first, then], 1).tolist() == wanted
+
+
+def test_the_weights_are_there_once_in_the_file_and_in_memory(file: DecoderFile, loaded: Decoder) -> None:
+    members, digest = archive.unpack(memoryview(file.path.read_bytes()), "")
+    found = programs.programs_of(members, digest, "")
+    assert file.weights == sum(w.nbytes for w in found.weights)
+    assert len({bytes(w) for w in found.weights}) == len(found.weights)
+    values = {bytes(p.detach().contiguous().numpy().tobytes()) for p in decoders.stock("llama").parameters()}
+    assert file.weights < 1.5 * sum(map(len, values))  # some lie in the order that our product reads, padded
+    prompt, step = (
+        {t.untyped_storage().data_ptr() for t in program.weights.values()}  # type: ignore[attr-defined]
+        for program in (loaded.prompt, loaded.step)
+    )
+    assert prompt == step and len(prompt) == len(found.weights)
+
+
+def test_two_conversations_over_one_file_do_not_mix(loaded: Decoder) -> None:
     texts = prompts((9, 7))
     apart = [ca.generate(loaded, [t], max_new_tokens=12).tokens[0] for t in texts]
     talks = [ca.generate(loaded, [t], max_new_tokens=4) for t in texts]
@@ -63,6 +100,19 @@ def test_two_conversations_over_one_artifact_do_not_mix(loaded: Decoder) -> None
     assert again == rest[::-1]
 
 
+def test_a_conversation_can_be_saved_restored_and_reset(file: DecoderFile, loaded: Decoder, tmp_path: Path) -> None:
+    text = prompts((9,))
+    talk = ca.generate(loaded, text, max_new_tokens=4)
+    talk.conversation.save(tmp_path / "talk")
+    wanted = ca.generate(loaded, [[3]], max_new_tokens=8, conversation=talk.conversation).tokens
+    other = ca.load_decoder(file.path)
+    fresh = other.fresh()
+    fresh.restore(tmp_path / "talk")
+    assert ca.generate(other, [[3]], max_new_tokens=8, conversation=fresh).tokens == wanted
+    fresh.reset()
+    assert ca.generate(other, text, max_new_tokens=4, conversation=fresh).tokens == talk.tokens
+
+
 def test_the_contract_names_the_state_and_its_memory_stays(loaded: Decoder) -> None:
     layers = decoders.SIZES["num_hidden_layers"]
     names = [f"{kind}_{i}" for kind in ("state_keys", "state_values") for i in range(layers)]
@@ -75,28 +125,125 @@ def test_the_contract_names_the_state_and_its_memory_stays(loaded: Decoder) -> N
     assert all(len(head) == BUDGET for head in talk.kept(0)[0])
 
 
-def test_the_runner_without_python_says_the_same_and_its_state_can_be_gone_on_with(
-    folder: Path, loaded: Decoder, runner: Path, tmp_path: Path
+def resealed(data: bytes, edit: Callable[[dict[str, Any]], None]) -> bytes:
+    """The file with its index edited, by someone who knows our writer."""
+    members, _ = archive.unpack(memoryview(data), "")
+    index = json.loads(bytes(members.pop(programs.INDEX)))
+    edit(index)
+    text = canonical(index)
+    return b"".join(archive.pack([(programs.INDEX, text), *members.items()], sha256(text).hexdigest()))
+
+
+def _weights(index: dict[str, Any]) -> dict[str, int]:
+    return index["programs"][1]["weights"]
+
+
+def _shortest_for_longest(index: dict[str, Any]) -> None:
+    sizes = [w["size"] for w in index["weights"]]
+    name = max(_weights(index), key=lambda n: sizes[_weights(index)[n]])
+    _weights(index)[name] = sizes.index(min(sizes))
+
+
+FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another version": (lambda i: i.update(programs_version=2), "the index of programs is not well formed"),
+    "another field": (lambda i: i.update(more=1), "the index of programs is not well formed"),
+    "a limit below zero": (lambda i: i.update(limit=-1), "the index of programs is not well formed"),
+    "one program": (lambda i: i["programs"].pop(), "the index of programs is not well formed"),
+    "a weight that is not there": (
+        lambda i: _weights(i).update({next(iter(_weights(i))): len(i["weights"])}),
+        "the index of programs is not well formed",
+    ),
+    "a member left out": (
+        lambda i: i["weights"][-1].update(member="model/weights/x"),
+        "the members are not those that the index of programs names",
+    ),
+    "another digest": (
+        lambda i: i["weights"][0].update(sha256="0" * 64),
+        "member model/weights/0 is not the one that the index names",
+    ),
+    "a name too few": (lambda i: _weights(i).popitem(), "the weights are not those that the code asks for"),
+    "a weight cut short": (_shortest_for_longest, "is cut short"),
+}
+
+
+def refused(runner: Path, path: Path) -> str:
+    """The one sentence with which Python's loader, its reader, the runner and the checker refuse a file."""
+    with pytest.raises(ContractError) as caught:
+        ca.load_decoder(path)
+    with pytest.raises(ContractError) as checked:
+        read(path)
+    out = path.parent / "out"
+    done = subprocess.run([runner, path, "--output-dir", out], capture_output=True, text=True, check=False)
+    looked = subprocess.run([runner.with_name("check"), path], capture_output=True, text=True, check=False)
+    said = {caught.value.what, checked.value.what, done.stderr.splitlines()[0][7:], looked.stdout.strip()}
+    assert done.returncode == looked.returncode == 1 and len(said) == 1, said
+    return said.pop()
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_index_is_refused_in_the_same_words(
+    name: str, file: DecoderFile, runner: Path, tmp_path: Path
 ) -> None:
-    texts = prompts((19, 5))
-    wanted = ca.generate(loaded, texts, max_new_tokens=STEPS).tokens
-    filled = np.full((2, 19), -1)
-    for row, text in zip(filled, texts, strict=True):
-        row[19 - len(text) :] = text
-    first, rest = spoken(runner, folder, filled, tmp_path / "first", 60), STEPS - 60
-    state = [f"{p.stem}={p}" for p in (tmp_path / "first").iterdir() if p.stem != "tokens"]
-    then = spoken(runner, folder, first[:, -1:], tmp_path / "then", rest, state)
-    assert np.concatenate([first, then], 1).tolist() == wanted
+    edit, sentence = FORGED[name]
+    path = tmp_path / "forged.pt2"
+    path.write_bytes(resealed(file.path.read_bytes(), edit))
+    assert sentence in refused(runner, path)
+
+
+def test_flipped_and_missing_bytes_are_refused_in_the_same_words(
+    file: DecoderFile, runner: Path, tmp_path: Path
+) -> None:
+    data, random = file.path.read_bytes(), Random(0)
+    for at in [0, 31, 60, len(data) - 1, *(random.randrange(len(data)) for _ in range(4))]:
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        (tmp_path / "flipped.pt2").write_bytes(changed)
+        with pytest.raises(ContractError):
+            ca.load_decoder(tmp_path / "flipped.pt2")
+        done = subprocess.run([runner.with_name("check"), tmp_path / "flipped.pt2"], capture_output=True, check=False)
+        assert done.returncode == 1, at
+    (tmp_path / "short.pt2").write_bytes(data[: len(data) // 2])
+    assert refused(runner, tmp_path / "short.pt2") == "the artifact is cut short, or bytes follow its end"
+
+
+def test_a_limit_is_kept_and_held_to(file: DecoderFile, runner: Path, tmp_path: Path) -> None:
+    path = tmp_path / "limited.pt2"
+    path.write_bytes(resealed(file.path.read_bytes(), lambda i: i.update(limit=10)))
+    with pytest.raises(ContractError, match="would outgrow the cache"):
+        ca.generate(ca.load_decoder(path), prompts((9,)), max_new_tokens=3)
+    np.save(tmp_path / "tokens.npy", np.full((1, 9), 5))
+    words = [runner, path, "--count", "3", "--input", f"tokens={tmp_path / 'tokens.npy'}", "--output-dir", tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "would outgrow the cache\n  facts: 11 tokens" in done.stderr
+
+
+def test_what_does_not_fit_is_refused_in_words(
+    file: DecoderFile, eager: Decoder, loaded: Decoder, runner: Path, tmp_path: Path
+) -> None:
+    def refuses(sentence: str, call: Callable[[], Any]) -> None:
+        with pytest.raises(CompiledAttnError, match=sentence):
+            call()
+
+    members, _ = archive.unpack(memoryview(file.path.read_bytes()), "")
+    part = tmp_path / "step.pt2"
+    part.write_bytes(members["model/step.pt2"])
+    refuses("the file holds a decoder", lambda: ca.load(file.path))
+    refuses("the file holds no decoder", lambda: ca.load_decoder(part))
+    refuses("the artifact's weights are not in it", lambda: ca.load(part))
+    refuses("loaded can not be exported again", lambda: ca.export(loaded, path=tmp_path / "x.pt2"))
+    refuses("exported as it was made", lambda: ca.export(eager, (torch.zeros(1),), path=tmp_path / "x.pt2"))
+    refuses("not built for a100 here", lambda: ca.export(eager, path=tmp_path / "x.pt2", target="a100"))
+    done = subprocess.run([runner, part, "--output-dir", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "the artifact's weights are not in it" in done.stderr
 
 
 def spoken(
-    runner: Path, folder: Path, tokens: np.ndarray, out: Path, count: int, state: Sequence[str] = ()
+    runner: Path, file: Path, tokens: np.ndarray, out: Path, count: int, state: Sequence[str] = ()
 ) -> np.ndarray:
     """What the C++ runner says behind the tokens [B, T], going on with a state if one is given."""
     path = out.with_suffix(".npy")
     np.save(path, tokens)
-    words = [str(runner), str(folder / "prompt.pt2"), "--step", str(folder / "step.pt2"), "--count", str(count)]
-    words += ["--output-dir", str(out)]
+    words = [str(runner), str(file), "--count", str(count), "--output-dir", str(out)]
     for given in (f"tokens={path}", *state):
         words += ["--input", given]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -34,8 +34,9 @@ int64_t chunk_of(const Contract& contract) {
 } // namespace
 
 Conversation::Conversation(
-    const Model& step, at::Tensor tokens, const std::map<std::string, at::Tensor>& given)
+    const Decoder& decoder, at::Tensor tokens, const std::map<std::string, at::Tensor>& given)
     : tokens_(std::move(tokens)) {
+  const Model& step = decoder.step;
   if (tokens_.dim() != 2 || tokens_.scalar_type() != at::kLong || tokens_.size(1) == 0) {
     throw ContractError(
         "the prompts are no int64 tensor of two dimensions",
@@ -60,6 +61,17 @@ Conversation::Conversation(
   }
 }
 
+void Conversation::require_room(const Decoder& decoder, int64_t count) const {
+  if (!decoder.limit) return;
+  const int64_t longest = (lengths_ + tokens_.ge(0).sum(1)).max().item<int64_t>() + count - 1;
+  if (longest <= *decoder.limit) return;
+  throw ContractError(
+      "a text would outgrow the cache",
+      "",
+      std::to_string(longest) + " tokens, the cache keeps " + std::to_string(*decoder.limit) + " and no policy says what goes",
+      "name a policy, or give a greater budget");
+}
+
 at::Tensor Conversation::logits(Model& model, const at::Tensor& tokens, const at::Tensor& positions) {
   std::map<std::string, at::Tensor> given = state_;
   given["tokens"] = tokens.contiguous().to(model.device);
@@ -70,22 +82,23 @@ at::Tensor Conversation::logits(Model& model, const at::Tensor& tokens, const at
   return results.at(0).select(1, -1).cpu();
 }
 
-at::Tensor Conversation::generate(Model& prompt, Model& step, int64_t count) {
+at::Tensor Conversation::generate(Decoder& decoder, int64_t count) {
+  require_room(decoder, count);
   const at::Tensor there = tokens_.ge(0);
   const at::Tensor place = (there.cumsum(1) - 1 + lengths_.unsqueeze(1)).masked_fill(there.logical_not(), -1);
   const at::Tensor filled = tokens_.clamp_min(0);
-  const int64_t chunk = chunk_of(prompt.contract);
+  const int64_t chunk = chunk_of(decoder.prompt.contract);
   at::Tensor scores;
   for (int64_t begin = 0; begin < tokens_.size(1); begin += chunk) {
     const int64_t end = std::min(begin + chunk, tokens_.size(1));
-    scores = logits(prompt, filled.slice(1, begin, end), place.slice(1, begin, end));
+    scores = logits(decoder.prompt, filled.slice(1, begin, end), place.slice(1, begin, end));
   }
   lengths_ = lengths_ + there.sum(1);
   std::vector<at::Tensor> said;
   for (int64_t i = 0; i < count; ++i) {
     said.push_back(scores.argmax(1, true));
     if (i + 1 == count) break;
-    scores = logits(step, said.back(), lengths_.unsqueeze(1));
+    scores = logits(decoder.step, said.back(), lengths_.unsqueeze(1));
     lengths_ = lengths_ + 1;
   }
   return at::cat(said, 1);

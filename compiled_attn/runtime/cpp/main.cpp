@@ -1,6 +1,6 @@
 // Runs an artifact of compiled_attn without Python:
 //   runner model.pt2 --input x=in.npy --output-dir out [--repeat N] [--threads N] [--expect-sha256 H] [--device D]
-//   runner prompt.pt2 --step step.pt2 --input tokens=in.npy --output-dir out [--count N]     a decoder, greedily
+//   runner decoder.pt2 --input tokens=in.npy --output-dir out [--count N]     continues texts, greedily
 //   runner model.pt2 --info
 // Everything is checked before native code of the file is opened. Exit code: 0, or 1 with an error in four parts on
 // stderr, or 2 for a wrong command line.
@@ -15,11 +15,13 @@
 #include <iostream>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "call.h"
 #include "contract.h"
 #include "conversation.h"
+#include "decoder.h"
 #include "error.h"
 #include "model.h"
 #include "npy.h"
@@ -31,13 +33,13 @@ namespace {
 const char* const kUsage =
     "usage: runner model.pt2 --input name=file.npy ... --output-dir folder\n"
     "              [--repeat N] [--threads N] [--expect-sha256 digest] [--device cpu|cuda[:i]]\n"
-    "       runner prompt.pt2 --step step.pt2 --input tokens=file.npy --output-dir folder [--count N] [--input state=...]\n"
+    "       runner decoder.pt2 --input tokens=file.npy --output-dir folder [--count N] [--input state=...]\n"
     "       runner model.pt2 --info\n"
     "bfloat16 tensors are .npy files of uint16 bit patterns. Loading an artifact runs native code: trust the file.\n";
 
 struct Options {
   Source source;
-  std::string output, step;
+  std::string output;
   std::vector<std::pair<std::string, std::string>> inputs;
   int repeat = 1, threads = 0, count = 64;
   bool is_info = false;
@@ -72,8 +74,6 @@ Options parse(int count, char** words) {
       options.inputs.emplace_back(pair.substr(0, at), pair.substr(at + 1));
     } else if (word == "--output-dir") {
       options.output = value();
-    } else if (word == "--step") {
-      options.step = value();
     } else if (word == "--count") {
       options.count = positive(word, value());
     } else if (word == "--repeat") {
@@ -123,7 +123,9 @@ void print_info(const Contract& contract) {
   }
 }
 
-double milliseconds(std::chrono::steady_clock::time_point since) {
+using Time = std::chrono::steady_clock::time_point;
+
+double milliseconds(Time since) {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - since).count();
 }
 
@@ -165,9 +167,9 @@ void write_outputs(
   }
 }
 
-void run(const Options& options) {
-  auto began = std::chrono::steady_clock::now();
-  Model model(options.source, options.is_info);
+// began: when the file was read.
+void run(const Options& options, std::string data, Time began) {
+  Model model(options.source, std::move(data), options.is_info);
   const Contract& contract = model.contract;
   if (options.is_info) return print_info(contract);
   Sizes sizes;
@@ -203,19 +205,25 @@ void run(const Options& options) {
       "median   %10.3f ms, of %d, %d threads\n", times[times.size() / 2], options.repeat, at::get_num_threads());
 }
 
-// A decoder's two artifacts, exported by runtime/generate.py: continues the prompts, and writes the tokens and the state.
-void generate(const Options& options) {
-  Model prompt(options.source), step({options.step, "", options.source.device});
-  std::map<std::string, at::Tensor> given = read_inputs(step.contract, options);
+// A decoder's file: continues the prompts, and writes the tokens and the state.
+void generate(const Options& options, std::string data) {
+  Decoder decoder(options.source, std::move(data), options.is_info);
+  if (options.is_info) {
+    for (const Model* model : {&decoder.prompt, &decoder.step}) {
+      std::printf("program  %s\n", model->where.substr(model->where.rfind('/') + 1).c_str());
+      print_info(model->contract);
+    }
+    return;
+  }
+  std::map<std::string, at::Tensor> given = read_inputs(decoder.step.contract, options);
   auto tokens = given.find("tokens");
   if (tokens == given.end()) wrong_usage("--input tokens=file.npy is missing");
   if (options.threads) at::set_num_threads(options.threads);
   c10::InferenceMode no_gradients;
-  Conversation talk(step, tokens->second, given);
-  prompt.open();
-  step.open();
+  Conversation talk(decoder, tokens->second, given);
+  decoder.open();
   auto began = std::chrono::steady_clock::now();
-  at::Tensor said = talk.generate(prompt, step, options.count);
+  at::Tensor said = talk.generate(decoder, options.count);
   double spent = milliseconds(began);
   std::error_code status;
   fs::create_directories(options.output, status);
@@ -231,10 +239,12 @@ void generate(const Options& options) {
 int main(int count, char** words) {
   Options options = parse(count, words);
   try {
-    if (options.step.empty()) {
-      run(options);
+    Time began = std::chrono::steady_clock::now();
+    std::string data = read_file(options.source);
+    if (holds_decoder(data)) {
+      generate(options, std::move(data));
     } else {
-      generate(options);
+      run(options, std::move(data), began);
     }
     return 0;
   } catch (const UsageError& error) {

@@ -9,6 +9,8 @@
 #include <fstream>
 #include <iterator>
 #include <set>
+#include <unordered_map>
+#include <utility>
 
 #include "package.h"
 #include "sha256.h"
@@ -17,32 +19,6 @@
 namespace fs = std::filesystem;
 
 namespace {
-
-std::string read_file(const Source& source) {
-  std::error_code status;
-  bool is_folder = fs::is_directory(source.path, status);
-  std::ifstream file(source.path, std::ios::binary);
-  if (!file || is_folder) {
-    std::string facts = is_folder ? std::strerror(EISDIR) : std::strerror(errno);
-    throw ContractError(
-        "the file can not be read", source.path, facts, "give the path of an artifact that compiled_attn.export wrote");
-  }
-  std::string data;
-  uintmax_t size = fs::file_size(source.path, status);
-  if (!status) data.reserve(size);
-  data.assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
-  if (!source.digest.empty()) {
-    std::string found = sha256(data);
-    if (found != source.digest) {
-      throw ContractError(
-          "the file is not the expected one",
-          source.path,
-          "expected SHA-256 " + source.digest + ", found " + found,
-          "fetch the file again, or ask its author for the digest");
-    }
-  }
-  return data;
-}
 
 void require_torch(const Contract& contract, const std::string& where) {
   auto stated = contract.versions.find("torch");
@@ -201,11 +177,49 @@ void PrivateFolder::write(const std::string& name, std::string_view data) const 
   if (!file.flush()) throw ContractError("a private copy can not be written", target.string(), "", "free disk space");
 }
 
+std::string read_file(const Source& source) {
+  std::error_code status;
+  bool is_folder = fs::is_directory(source.path, status);
+  std::ifstream file(source.path, std::ios::binary);
+  if (!file || is_folder) {
+    std::string facts = is_folder ? std::strerror(EISDIR) : std::strerror(errno);
+    throw ContractError(
+        "the file can not be read", source.path, facts, "give the path of an artifact that compiled_attn.export wrote");
+  }
+  std::string data;
+  uintmax_t size = fs::file_size(source.path, status);
+  if (!status) data.reserve(size);
+  data.assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+  if (!source.digest.empty()) {
+    std::string found = sha256(data);
+    if (found != source.digest) {
+      throw ContractError(
+          "the file is not the expected one",
+          source.path,
+          "expected SHA-256 " + source.digest + ", found " + found,
+          "fetch the file again, or ask its author for the digest");
+    }
+  }
+  return data;
+}
+
 std::string first_line(const std::string& text) { return text.substr(0, std::min<size_t>(text.find('\n'), 400)); }
 
-Model::Model(const Source& source, bool is_info) : where(source.path), data_(read_file(source)) {
-  std::vector<Part> parts = parts_of(unpack(data_, where), where);
-  parts.empty() ? check(source, is_info) : choose(parts, source, is_info);
+Model::Model(const Source& source, std::string data, bool is_info) : where(source.path), data_(std::move(data)) {
+  Archive archive = unpack(data_, where);
+  std::vector<Part> parts = parts_of(archive, where);
+  parts.empty() ? check(std::move(archive), source, is_info) : choose(parts, source, is_info);
+  if (wanted.empty() || is_info) return;
+  throw ContractError(
+      "the artifact's weights are not in it",
+      where,
+      "its code asks for " + std::to_string(wanted.size()) + " of them, which lie in the file that it is a program of",
+      "load that file: compiled_attn.load_decoder(path)");
+}
+
+Model::Model(const Source& source, const Program& program, bool is_info)
+    : where(source.path + ", member " + program.member), data_(program.data) {
+  check(unpack(data_, where), source, is_info);
 }
 
 void Model::choose(const std::vector<Part>& parts, const Source& source, bool is_info) {
@@ -214,7 +228,7 @@ void Model::choose(const std::vector<Part>& parts, const Source& source, bool is
     where = source.path + ", member " + part.member;
     data_ = part.data;
     try {
-      check(source, is_info);
+      check(unpack(data_, where), source, is_info);
     } catch (const Unfit& error) {
       refused += (refused.empty() ? "not " : "; not ") + name_of(part) + " because " + error.because;
       continue;
@@ -229,23 +243,27 @@ void Model::choose(const std::vector<Part>& parts, const Source& source, bool is
       "export the model for what is here (target='auto'), or run it on one of these");
 }
 
-void Model::check(const Source& source, bool is_info) {
-  auto [archive, stated] = verify(data_, where);
-  archive_ = std::move(archive);
+void Model::check(Archive archive, const Source& source, bool is_info) {
+  auto [members, stated] = verify(std::move(archive), where);
+  archive_ = std::move(members);
   contract = std::move(stated);
   if (!is_info) {
     require_torch(contract, where);
     require_machine(contract, where);
   }
-  compare_package(contract, archive_, where);
+  wanted = compare_package(contract, archive_, where);
   if (is_info) return;
   device = device_of(contract, source);
   require_capability(contract, device, where);
 }
 
-void Model::open() {
+void Model::open(const std::map<std::string, at::Tensor>& weights) {
   folder_ = std::make_unique<PrivateFolder>();
   loader_ = open_package(*folder_, archive_, data_, device, where);
+  weights_ = weights;
+  if (weights.empty()) return;
+  std::unordered_map<std::string, at::Tensor> given(weights.begin(), weights.end());
+  loader_->load_constants(given, false, true, true); // in use at once, all of them, ours
 }
 
 std::vector<at::Tensor> Model::run(const std::vector<at::Tensor>& inputs) {

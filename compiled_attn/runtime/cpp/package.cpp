@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <set>
+#include <stdexcept>
 
 #include "error.h"
 
@@ -27,6 +28,7 @@ struct Facts {
   std::string counted_in = "-1", counted_out = "-1";
   std::map<std::string, std::string> specs; // in, out
   std::string_view library;
+  std::map<std::string, Wanted> weights; // those that are not in the library
 };
 
 [[noreturn]] void clash(const std::string& where, const std::string& stated, const std::string& said) {
@@ -109,20 +111,25 @@ void read_line(std::string_view line, std::map<std::string, InputFacts*>& inputs
 
 void read_source(std::string_view source, Facts& facts) {
   std::vector<std::string> counts;
+  bool beside = false;
   for (size_t at = source.find(kMark); at != std::string_view::npos; at = source.find(kMark, at + 1)) {
     if (scan(source.substr(at, 200), "AOTInductorModelBase(%d, %d,", counts)) {
       facts.counted_in = counts[0], facts.counted_out = counts[1];
+      beside = lie_beside(source.substr(at, 600));
       break;
     }
   }
+  WantedReader weights;
   std::map<std::string, InputFacts*> inputs;
   for (size_t began = 0; began < source.size();) {
     size_t end = std::min(source.find('\n', began), source.size());
     std::string_view line = source.substr(began, end - began);
     line.remove_prefix(std::min(line.find_first_not_of(" \t\r"), line.size()));
     read_spec(line, facts), read_line(line, inputs, facts);
+    if (beside) weights.line(line);
     began = end + 1;
   }
+  facts.weights = weights.all();
 }
 
 Facts facts_of(const Archive& archive, const std::string& where) {
@@ -162,7 +169,15 @@ Facts facts_of(const Archive& archive, const std::string& where) {
         "AOTInductor writes a flat JSON record there",
         "export the model again");
   }
-  read_source(source, facts);
+  try {
+    read_source(source, facts);
+  } catch (const std::invalid_argument&) {
+    throw ContractError(
+        "the package asks for weights of an unknown form",
+        where + ", member " + wrapper.substr(0, wrapper.size() - 14) + ".cpp",
+        "AOTInductor writes their dtypes, shapes and strides there",
+        "export the model again");
+  }
   return facts;
 }
 
@@ -254,7 +269,7 @@ void compare_input(const Contract& contract, const LeafSpec& tensor, const Input
 
 } // namespace
 
-void compare_package(const Contract& contract, const Archive& archive, const std::string& where) {
+std::map<std::string, Wanted> compare_package(const Contract& contract, const Archive& archive, const std::string& where) {
   Facts facts = facts_of(archive, where);
   compare_metadata(contract, facts, where);
   std::vector<const LeafSpec*> tensors;
@@ -281,4 +296,5 @@ void compare_package(const Contract& contract, const Archive& archive, const std
     auto found = facts.inputs.find(int64_t(i));
     if (found != facts.inputs.end()) compare_input(contract, *tensors[i], found->second, where);
   }
+  return facts.weights;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "error.h"
@@ -67,9 +68,9 @@ void compare_members(const Contract& contract, const Archive& archive, const std
 
 } // namespace
 
-Verified verify(std::string_view data, const std::string& where) {
+Verified verify(Archive archive, const std::string& where) {
   Verified found;
-  found.archive = unpack(data, where);
+  found.archive = std::move(archive);
   found.contract = take_contract(found.archive, where);
   compare_members(found.contract, found.archive, where);
   return found;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <string_view>
 
 #include "archive.h"
 #include "contract.h"
@@ -13,4 +12,4 @@ struct Verified {
 };
 
 // Throws ContractError. The caller compares the package's own word (package.h) after release and machine.
-Verified verify(std::string_view data, const std::string& where);
+Verified verify(Archive archive, const std::string& where);
