@@ -114,7 +114,7 @@ def stored(payload: memoryview, device: torch.device) -> torch.Tensor:
     """Stored bytes in memory of their own, aligned as torch aligns it."""
     made = torch.empty(payload.nbytes, dtype=torch.uint8)
     if payload.nbytes:
-        memoryview(made.numpy())[:] = payload
+        made.numpy().data[:] = payload
     return made.to(device)
 
 

@@ -78,10 +78,11 @@ def test_the_weights_are_there_once_in_the_file_and_in_memory(file: DecoderFile,
     values = {bytes(p.detach().contiguous().numpy().tobytes()) for p in decoders.stock("llama").parameters()}
     assert file.weights < 1.5 * sum(map(len, values))  # some lie in the order that our product reads, padded
     prompt, step = (
-        {t.untyped_storage().data_ptr() for t in program.weights.values()}  # type: ignore[attr-defined]
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in program.weights.values()}  # type: ignore[attr-defined]
         for program in (loaded.prompt, loaded.step)
     )
-    assert prompt == step and len(prompt) == len(found.weights)
+    assert len(prompt | step) == len(found.weights)
+    assert sum(dict(prompt.items() ^ step.items()).values()) < 100  # a number or two of one program's own
 
 
 def test_two_conversations_over_one_file_do_not_mix(loaded: Decoder) -> None:
