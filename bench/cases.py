@@ -16,7 +16,7 @@ ZOO = {
     "deit_small": ("deit", "deit_s", 224, 3),
     "deit_base": ("deit", "deit_b", 224, 3),
     "digits": ("deit", "digits_tiny", 48, 1),
-    "segvit_base": ("dtop", "segvit_b_ade20k_512_whole", 512, 3),
+    "segvit_base": ("dtop", "segvit_b_ade20k_512", 512, 3),
 }
 KEEP_RATE, KEEP_AT = 0.7, (3, 6, 9)
 

@@ -3,9 +3,9 @@
     python -m bench.dtop --out dtop-report
 
 Weights are random, so the thresholds are set where the given shares of live tokens leave behind each auxiliary head,
-in the widest gap there between two tokens' confidences. Both forms have the same weights and heads, are compiled with
-a dynamic batch and timed in turns. Work is counted from what each picture kept, the heads included. A time is printed
-only where the outputs equal those of the same network in eager mode.
+in the widest gap there between two tokens' confidences. The dense form is SegViT: the same weights, no auxiliary heads.
+Both are compiled with a dynamic batch and timed in turns. Work is counted from what each picture kept, the heads
+included. A time is printed only where the outputs equal those of the same network in eager mode.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench.timing import interleave
 from compiled_attn.zoo.dtop import DToP
 
 DYNAMIC = ({0: "batch"},)
-LEAVING = (0.43, 0.33)  # of the live tokens, behind each auxiliary head: as in the published example on real pictures
+LEAVING = (0.43, 0.33)  # of the live tokens, behind each auxiliary head
 
 
 def pictures(batch: int, side: int) -> Tensor:
@@ -38,9 +38,11 @@ def pictures(batch: int, side: int) -> Tensor:
 
 
 def with_thresholds(model: DToP, thresholds: Sequence[float]) -> DToP:
-    """The network with the same weights and other thresholds."""
-    other = DToP(replace(model.config, thresholds=tuple(thresholds))).eval()
-    other.load_state_dict(model.state_dict())
+    """The network with the same weights and other thresholds, and with as many auxiliary heads."""
+    stages = (*model.config.stages[: len(thresholds)], model.config.stages[-1])
+    other = DToP(replace(model.config, stages=stages, thresholds=tuple(thresholds))).eval()
+    given = model.state_dict()
+    other.load_state_dict({name: given[name] for name in other.state_dict()})
     return other
 
 
@@ -48,7 +50,7 @@ def thresholds_for(model: DToP, shares: Sequence[float], x: Tensor) -> tuple[flo
     """Thresholds above which those shares of the tokens that are live at each head lie."""
     found: tuple[float, ...] = ()
     for index, share in enumerate(shares):
-        now = with_thresholds(model, (*found, *(1.0,) * (len(shares) - index)))
+        now = with_thresholds(model, (*found, 1.0))
         with torch.no_grad():
             stage = now.stages(now.backbone.embed(x)[0])[index]
             best = now.heads[index].predict(stage.canvas, stage.weight).amax(1)
@@ -84,7 +86,7 @@ _ragged_flops._get_raw = True  # type: ignore[attr-defined]  # the counter hands
 
 def measure(model: DToP, batches: Sequence[int], side: int, rounds: int) -> list[str]:
     thresholds = thresholds_for(model, LEAVING, pictures(2, side))
-    models = {"dense": model, "pruned": with_thresholds(model, thresholds)}
+    models = {"dense": with_thresholds(model, ()), "pruned": with_thresholds(model, thresholds)}
     given = {"example_inputs": (pictures(2, side),), "dynamic_shapes": DYNAMIC}
     fast: dict[str, Any] = {}
     for name, net in tqdm(models.items(), desc="compiling", disable=None):
