@@ -152,7 +152,7 @@ def unpack_cost(tokens: Tensor, place: Tensor, canvas: Tensor) -> Cost:
 
 
 def unpack_decomposition(tokens: Tensor, place: Tensor, canvas: Tensor) -> Tensor:
-    flat = canvas.flatten(0, 1).index_put((place,), tokens)
+    flat = canvas.contiguous().flatten(0, 1).index_put((place,), tokens)
     return flat.reshape(canvas.shape).contiguous()
 
 

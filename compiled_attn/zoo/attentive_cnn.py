@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiled_attn.ops import unpack_tokens
 from compiled_attn.zoo.layers.keras import Conv1D, Dense, Embedding, LayerNormalization
 from compiled_attn.zoo.layers.sparsemax import sparsemax
 from compiled_attn.zoo.paper import Paper, Published
@@ -73,10 +74,23 @@ class AttentiveCNN(nn.Module):
         x = self.layer_normalization_1(F.relu(self.conv1d_1(self.embedding(ids))))
         return attend(x, self.dense_2, self.dense_3)
 
+    def sentences(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors [B, G, S, C] of the sentences of articles [B, G, S, T], and what their tokens weigh [B, G, S, T].
+
+        Those that have words are packed and read; all empty ones are alike, and one of them is read for all.
+        """
+        grouped = ids.flatten(0, 1)  # [B * G, S, T]
+        place = (grouped != 0).any(dim=2).flatten().nonzero().squeeze(1)
+        empty = torch.zeros_like(grouped[0, :1])
+        vectors, shares = self.text(torch.cat([empty, grouped.flatten(0, 1)[place]]))
+        vectors, shares = (
+            unpack_tokens(x[1:], place, x[0].expand(grouped.shape[0], grouped.shape[1], -1)) for x in (vectors, shares)
+        )
+        return vectors.unflatten(0, ids.shape[:2]), shares.unflatten(0, ids.shape[:2])
+
     def article(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors [B, G, C] of articles [B, G, S, T], and what each of their sentences weighs [B, G, S]."""
-        vectors, shares = self.text(ids.flatten(0, 2))
-        vectors, shares = vectors.unflatten(0, ids.shape[:3]), shares.unflatten(0, ids.shape[:3])
+        vectors, shares = self.sentences(ids)
         real = (ids != 0).to(shares.dtype)
         count = real.sum(dim=-1)
         weights = sparsemax((shares * real).sum(dim=-1) / count.clamp(min=1))
@@ -95,8 +109,7 @@ class HierarchicalAttention(AttentiveCNN):
         self.dense_5 = Dense(config.hidden, 1)
 
     def article(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        vectors = self.text(ids.flatten(0, 2))[0].unflatten(0, ids.shape[:3])
-        return attend(vectors, self.dense_4, self.dense_5)
+        return attend(self.sentences(ids)[0], self.dense_4, self.dense_5)
 
 
 class FlatAttention(AttentiveCNN):

@@ -47,21 +47,23 @@ def test_unpacking_undoes_packing(share: float) -> None:
 
 
 class Pruned(torch.nn.Module):
-    """Attention of the tokens that a threshold keeps, the others as they were."""
+    """Attention of the tokens that a threshold keeps, the others all become one row."""
 
     def __init__(self) -> None:
         super().__init__()
         self.qkv = torch.nn.Linear(8, 24)
+        self.empty = torch.nn.Parameter(torch.randn(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens, place, begins = torch.ops.compiled_attn.pack_tokens(x, x[..., 0] > 0)
         q, k, v = self.qkv(tokens).unflatten(1, (3, 2, 4)).unbind(1)
         out = torch.ops.compiled_attn.ragged_attention(q, k, v, begins, begins, scale=0.5)
-        return torch.ops.compiled_attn.unpack_tokens(out.flatten(1), place, x)
+        canvas = self.empty.sin().expand(x.shape[0], x.shape[1], -1)  # one row's memory for all
+        return torch.ops.compiled_attn.unpack_tokens(out.flatten(1), place, canvas)
 
 
 def by_picture(net: Pruned, x: torch.Tensor) -> torch.Tensor:
-    out = x.clone()
+    out = net.empty.sin().expand_as(x).clone()
     for b, rows in enumerate(x):
         kept = rows[:, 0] > 0
         q, k, v = net.qkv(rows[kept]).unflatten(1, (3, 2, 4)).permute(1, 2, 0, 3)

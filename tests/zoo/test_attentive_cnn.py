@@ -99,6 +99,19 @@ def test_empty_sentences_share_the_weight_as_the_reference_lets_them() -> None:
     torch.testing.assert_close(weights, torch.full((1, 1, 4), 0.25))
 
 
+@pytest.mark.parametrize("article", ["sparsemax", "softmax"])
+def test_empty_sentences_are_read_once_and_give_what_each_would(article: str) -> None:
+    net, articles, read = network(article), texts(2, 3, 6, 5), []
+    articles[0, 1] = 0
+    articles[1, 0, 2:] = 0
+    net.conv1d_1.register_forward_pre_hook(lambda _module, args: read.append(args[0].shape[0]))
+    with torch.no_grad():
+        vectors, _ = net.sentences(articles)
+        assert read == [int((articles != 0).any(-1).sum()) + 1]
+        alone, _ = net.text(articles.flatten(0, 2))
+    torch.testing.assert_close(vectors.flatten(0, 2), alone, rtol=1e-5, atol=1e-6)
+
+
 def test_the_ablations_weigh_sentences_by_learned_attention_or_read_one_long_text() -> None:
     net, articles = network("softmax"), texts(1, 2, 3, 5)
     with torch.no_grad():
