@@ -2,6 +2,7 @@
 
     python bench/machine_code.py                      # candidates in order until one fits, for every case and target
     python bench/machine_code.py --all --again        # every candidate of the kernels that have changed
+    python bench/machine_code.py --all --kernel local_attention  # every candidate of one kernel
     python bench/machine_code.py --chosen --sm 80 90  # only what the record chooses: prints one JSON line a compile
 
 The first two write compiled_attn/ops/templates/machine_code.json under the installed triton's version:
@@ -31,17 +32,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compiled_attn.ir import targets
-from compiled_attn.ops.kernels import attention, class_row, depthwise, ragged_attention, select_tokens
+from compiled_attn.ops.kernels import attention, class_row, depthwise, local_attention, ragged_attention, select_tokens
 from compiled_attn.ops.templates import (
     triton_attention,
     triton_class_row,
     triton_depthwise,
+    triton_local_attention,
     triton_ragged_attention,
     triton_select_tokens,
 )
 from compiled_attn.ops.templates.triton_config import BLOCKS, KERNELS, RECORD, SM_LEAST, Config, MachineCode, offered
 
-SOURCES = ("attention.py", "class_row.py", "depthwise.py", "ragged_attention.py", "select_tokens.py")
+SOURCES = (
+    "attention.py",
+    "class_row.py",
+    "depthwise.py",
+    "local_attention.py",
+    "ragged_attention.py",
+    "select_tokens.py",
+)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {t.sm: t.shared_bytes_per_block for t in map(targets.load, targets.names()) if t.sm >= SM_LEAST}
 
@@ -119,6 +128,29 @@ def cases() -> Iterator[Case]:
                         *((f"stride_{x}", 1) for x in ("qd", "kd", "vd")),
                     ),
                 )
+            for rank, relative in ((1, False), (2, False), (3, False), (3, True)):
+                if relative and block > triton_local_attention.WIDEST_RELATIVE:
+                    continue
+                sizes = ("queries", "keys", "window", "step", "block", "dilation", "tile")
+                yield Case(
+                    triton_local_attention.KERNEL,
+                    triton_local_attention.case(dtype, block, rank=rank, relative=relative),
+                    local_attention.local_attention,
+                    dtype,
+                    triton_local_attention.configs(dtype, block),
+                    (
+                        *width,
+                        ("DV", block - 8),
+                        ("BLOCK_DV", block),
+                        ("RANK", rank),
+                        ("HAS_BIAS", True),
+                        ("HAS_RELATIVE", relative),
+                        ("HAS_SINKS", rank == 1),
+                        ("UPCAST", False),
+                        *((f"stride_{x}", 1) for x in ("qd", "kd", "vd")),
+                        *((f"{size}_{axis}", 1) for axis in "zyx"[: 3 - rank] for size in sizes),
+                    ),
+                )
         for fuse in (False, True):
             yield Case(
                 triton_select_tokens.KERNEL,
@@ -181,12 +213,13 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def sweep(record: dict[str, Any], sms: list[int], *, everything: bool) -> Iterator[None]:
+def sweep(record: dict[str, Any], sms: list[int], kernel: str, *, everything: bool) -> Iterator[None]:
     """Fills one triton version's record, case by case; what it holds already is not compiled again.
 
-    Without `everything` it stops at the first candidate that fits a case and target.
+    Without `everything` it stops at the first candidate that fits a case and target. `kernel`: only that one, if given.
     """
-    for case in tqdm(list(cases()), unit="case", file=sys.stderr):
+    wanted = [case for case in cases() if kernel in ("", case.kernel)]
+    for case in tqdm(wanted, unit="case", file=sys.stderr):
         table = record.setdefault(case.kernel, {}).setdefault(case.name, {})
         for sm in sms:
             for config in case.configs:
@@ -220,6 +253,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="forget what is recorded of changed kernels, or of all")
     parser.add_argument("--chosen", action="store_true", help="only compile what the record chooses, print JSON lines")
     parser.add_argument("--case", default="", help="with --chosen: only cases whose name matches this pattern")
+    parser.add_argument("--kernel", default="", help="record only this kernel")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -237,7 +271,7 @@ def main() -> None:
         elif changed & ours["kernels"].keys():
             parser.error("the kernels have changed since their machine code was recorded; give --again")
         ours["sources"] = sources
-        for _ in sweep(ours["kernels"], options.sm, everything=options.all):
+        for _ in sweep(ours["kernels"], options.sm, options.kernel, everything=options.all):
             text = json.dumps(record, indent=1, sort_keys=True)
             RECORD.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n")
 

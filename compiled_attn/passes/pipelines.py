@@ -24,6 +24,7 @@ def default(
     measure: the runtime's measurement service, which tune="measure" needs.
     """
     from compiled_attn.passes.choose_attention import ChooseAttention
+    from compiled_attn.passes.choose_local_attention import ChooseLocalAttention
     from compiled_attn.passes.fuse_depthwise import FuseDepthwise
     from compiled_attn.passes.lower_decay import LowerDecay
     from compiled_attn.passes.pack_linear import PackLinear
@@ -40,6 +41,8 @@ def default(
             ChooseAttention(),
             PackLinear(tune, measure),
         ]
+    else:
+        passes += [RaiseLocalAttention(), ChooseLocalAttention(), FoldConstants()]
     return passes
 
 

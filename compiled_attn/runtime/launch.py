@@ -3,7 +3,7 @@
 `stand_in` gives, for a vocabulary op, a function of the same signature that launches its kernel through a
 `torch.library.triton_op`: Inductor and AOTInductor see into it and carry the kernel into generated code and packages.
 The configuration is the first that the template offers for the target. Under Triton's interpreter `attention`,
-`class_row`, `ragged_attention` and `select_tokens` run on CPU tensors.
+`class_row`, `ragged_attention` and `select_tokens` run on CPU tensors. launch_local.py launches local attention.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,8 @@ from compiled_attn.ops.templates import (
     triton_select_tokens,
 )
 from compiled_attn.ops.templates.triton_config import Config, block_of
+from compiled_attn.runtime import launch_local
+from compiled_attn.runtime.triton_run import interpreted, run
 
 
 def stand_in(op: str, target: targets.Target) -> Callable[..., Any]:
@@ -62,6 +64,7 @@ def _operators() -> dict[str, Any]:
         "attention": _attention,
         "attention_with_class_row": _attention_with_class_row,
         "depthwise_block": _depthwise_block,
+        "local_attention": launch_local.operator,
         "ragged_attention": _ragged_attention,
         "select_tokens": _select_tokens,
     }
@@ -196,6 +199,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "attention": _call_attention,
     "attention_with_class_row": _call_class_row,
     "depthwise_block": _call_depthwise,
+    "local_attention": launch_local.call,
     "ragged_attention": _call_ragged,
     "select_tokens": _call_select,
 }
@@ -220,7 +224,7 @@ def attention(
     bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     if bias is not None:
         bias_strides = bias.expand(batch, heads, queries, keys).stride()
-    _run(kernel, triton_attention.grid(config, batch, heads, queries))(
+    run(kernel, triton_attention.grid(config, batch, heads, queries))(
         q,
         k,
         v,
@@ -241,7 +245,7 @@ def attention(
         CAUSAL=causal,
         BLOCK_D=block_of(width),
         BLOCK_DV=block_of(width_v),
-        UPCAST=_interpreted(kernel) and q.dtype == torch.bfloat16,
+        UPCAST=interpreted(kernel) and q.dtype == torch.bfloat16,
         **config.constants,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -273,7 +277,7 @@ def class_row(
     if bias is not None:
         bias_row = bias.expand(batch, heads, queries, keys).select(2, row)
         bias_strides = bias_row.stride()
-    _run(class_row_logits, triton_class_row.logits_grid(batch, heads))(
+    run(class_row_logits, triton_class_row.logits_grid(batch, heads))(
         one,
         k,
         bias_row,
@@ -292,7 +296,7 @@ def class_row(
         num_warps=logits_config.warps,
         num_stages=logits_config.stages,
     )
-    _run(class_row_mean, triton_class_row.mean_grid(mean_config, batch, keys))(
+    run(class_row_mean, triton_class_row.mean_grid(mean_config, batch, keys))(
         logits,
         lse,
         out,
@@ -323,7 +327,7 @@ def ragged_attention(
     width_v, sequences = v.shape[2], q_offsets.shape[0] - 1
     out = q.new_empty(rows, heads, width_v)
     blocks = triton_ragged_attention.blocks(config, rows, sequences)
-    _run(kernel, (blocks * heads,))(
+    run(kernel, (blocks * heads,))(
         q,
         k,
         v,
@@ -342,7 +346,7 @@ def ragged_attention(
         CAUSAL=causal,
         BLOCK_D=block_of(width),
         BLOCK_DV=block_of(width_v),
-        UPCAST=_interpreted(kernel) and q.dtype == torch.bfloat16,
+        UPCAST=interpreted(kernel) and q.dtype == torch.bfloat16,
         **config.constants,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -360,7 +364,7 @@ def select_tokens(
     tokens = score.shape[1]
     out = x.new_empty(batch, prefix + keep + (1 if fuse else 0), channels)
     index = x.new_empty(batch, keep, dtype=torch.int64)
-    _run(kernel, triton_select_tokens.grid(config, batch, tokens, channels, fuse=fuse))(
+    run(kernel, triton_select_tokens.grid(config, batch, tokens, channels, fuse=fuse))(
         x,
         score,
         out,
@@ -402,7 +406,7 @@ def depthwise_block(
     pairs: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     out = depthwise_shape(*tensors, **pairs, activation=activation, norm_eps=norm_eps)
     batch, channels, rows, columns = out.shape
-    _run(kernel, triton_depthwise.grid(config, batch, channels, rows, columns))(
+    run(kernel, triton_depthwise.grid(config, batch, channels, rows, columns))(
         x,
         weight.contiguous(),
         *(x if t is None else t for t in (bias, gate, residual, norm_weight, norm_bias)),
@@ -431,14 +435,3 @@ def depthwise_block(
         num_stages=config.stages,
     )
     return out
-
-
-def _run(kernel: Any, grid: tuple[Any, ...]) -> Callable[..., Any]:
-    """The kernel ready to be called: traceable by Inductor, or interpreted."""
-    return kernel[grid] if _interpreted(kernel) else torch.library.wrap_triton(kernel)[grid]
-
-
-def _interpreted(kernel: Any) -> bool:
-    from triton.runtime.interpreter import InterpretedFunction
-
-    return isinstance(kernel, InterpretedFunction)

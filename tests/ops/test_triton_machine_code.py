@@ -12,8 +12,8 @@ from compiled_attn.ops.templates.triton_config import BLOCKS, DTYPES, KERNELS, R
 
 triton = pytest.importorskip("triton")
 
-SMS = (80, 86, 89, 90)
-DEVICES = {80: "a100", 86: "a10", 89: "l4", 90: "h100"}
+SMS = (80, 86, 87, 89, 90)
+DEVICES = {80: "a100", 86: "a10", 87: "orin", 89: "l4", 90: "h100"}
 
 
 def compiled(*options):
@@ -23,12 +23,13 @@ def compiled(*options):
 
 
 def test_what_is_chosen_for_heads_of_64_compiles_within_the_limits_of_every_target():
-    found = compiled("--case", "d64$|d64 bias$|^fp32$|fuse")
+    found = compiled("--case", "d64$|d64 bias$|half d64 2d$|^fp32$|fuse")
     assert {line["kernel"] for line in found} == {
         "attention",
         "class_row_logits",
         "class_row_mean",
         "depthwise",
+        "local_attention",
         "ragged_attention",
         "select_tokens",
     }

@@ -7,6 +7,7 @@ from torch import nn
 from compiled_attn.ir import targets
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ops.attention import attention_with_class_row
+from compiled_attn.ops.local import local_attention
 from compiled_attn.ops.tokens import select_tokens
 from compiled_attn.runtime.capture import capture
 from compiled_attn.runtime.lower import lower
@@ -51,3 +52,27 @@ def test_a_gpu_before_the_tensor_cores_of_triton_gets_the_decomposition():
     names, _, notes = lowered("t4")
     assert not any("compiled_attn" in name for name in names)
     assert len(notes.misses) == 2
+
+
+class Windows(nn.Module):
+    """Shifted windows of 4 by 4 with a bias, on a map of any height, and pointwise work around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, 7, 7))
+
+    def forward(self, x):
+        q, k, v = (0.5 * x).unflatten(-1, (3, 2, 16)).unbind(-3)
+        pattern = {"window": [4, 4], "stride": [4, 4], "shift": [2, 2], "border": "mask"}
+        return torch.nn.functional.silu(local_attention(q, k, v, self.table, scale=0.25, **pattern))
+
+
+def test_local_attention_becomes_one_launch_that_reads_q_k_and_v_in_place():
+    shapes = {"x": {0: "batch", 1: 4 * torch.export.Dim("rows", min=1, max=20)}}
+    program = capture(Windows().eval(), (torch.randn(2, 8, 12, 96),), dynamic_shapes=shapes)
+    notes = Notes()
+    result = lower(program, targets.load("a100"), notes)
+    names = [str(node.target) for node in result.graph.nodes if node.op == "call_function"]
+    assert names.count("compiled_attn_triton.local_attention.default") == 1
+    assert not any(word in name for name in names for word in ("clone", "contiguous", "index", "gather"))
+    assert [note.what for note in notes.done] == ["triton_local_attention"] and not notes.misses

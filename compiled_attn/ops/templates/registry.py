@@ -17,6 +17,7 @@ from compiled_attn.ops.templates import (
     triton_attention,
     triton_class_row,
     triton_depthwise,
+    triton_local_attention,
     triton_ragged_attention,
     triton_select_tokens,
 )
@@ -35,6 +36,7 @@ TEMPLATES: list[Template] = [
     triton_attention.TEMPLATE,
     triton_class_row.TEMPLATE,
     triton_depthwise.TEMPLATE,
+    triton_local_attention.TEMPLATE,
     triton_ragged_attention.TEMPLATE,
     triton_select_tokens.TEMPLATE,
 ]

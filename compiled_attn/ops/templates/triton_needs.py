@@ -10,6 +10,7 @@ from compiled_attn.ops.templates import (
     triton_attention,
     triton_class_row,
     triton_depthwise,
+    triton_local_attention,
     triton_ragged_attention,
     triton_select_tokens,
 )
@@ -73,10 +74,18 @@ def _depthwise(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> li
     return [(triton_depthwise.KERNEL, case, triton_depthwise.chosen(args, kwargs, target)[0])]
 
 
+def _local(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
+    q, _, v, _, relative = (*args, None, None)[:5]
+    block = max(block_of(q.shape[-1]), block_of(v.shape[-1]))
+    case = triton_local_attention.case(q.dtype, block, rank=q.dim() - 3, relative=relative is not None)
+    return [(triton_local_attention.KERNEL, case, triton_local_attention.chosen(args, kwargs, target)[0])]
+
+
 _CHOSEN: dict[str, Callable[..., list[tuple[str, str, Config]]]] = {
     "attention": _attention,
     "attention_with_class_row": _class_row,
     "depthwise_block": _depthwise,
+    "local_attention": _local,
     "ragged_attention": _ragged,
     "select_tokens": _select,
 }
