@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-# name -> (paper, variant, picture side, channels) of the zoo; a name "timm:<model>" or "transformers:<class>" is the
-# other library's own model, with random weights.
-ZOO = {
-    "deit_tiny": ("deit", "deit_ti", 224, 3),
-    "deit_small": ("deit", "deit_s", 224, 3),
-    "deit_base": ("deit", "deit_b", 224, 3),
-    "digits": ("deit", "digits_tiny", 48, 1),
-    "segvit_base": ("dtop", "segvit_b_ade20k_512", 512, 3),
+# Short names. Any model of the zoo is "<paper>/<variant>"; "timm:<model>" is timm's own, with random weights.
+SHORT = {
+    "deit_tiny": "deit/deit_ti",
+    "deit_small": "deit/deit_s",
+    "deit_base": "deit/deit_b",
+    "digits": "deit/digits_tiny",
+    "segvit_base": "dtop/segvit_b_ade20k_512",
 }
 KEEP_RATE, KEEP_AT = 0.7, (3, 6, 9)
 
@@ -47,21 +46,29 @@ class Case:
 def build(case: Case) -> tuple[nn.Module, torch.Tensor]:
     """The model in eval mode with random weights (seed 0), and a float32 batch of pictures (seed 1)."""
     torch.manual_seed(0)
-    if case.model in ZOO:
-        from compiled_attn import zoo
-
-        paper, variant, side, channels = ZOO[case.model]
-        model = zoo.create(paper, variant)
-    elif case.model.startswith("timm:"):
-        model, side, channels = _timm(case.model.removeprefix("timm:"))
+    name = SHORT.get(case.model, case.model)
+    if name.startswith("timm:"):
+        model, x = _timm(name.removeprefix("timm:"), case.batch)
+    elif "/" in name:
+        model, x = _zoo(*name.split("/", 1), case.batch)
     else:
-        raise SystemExit(f"unknown model {case.model!r}: known are {', '.join(ZOO)} and timm:<name>")
+        raise SystemExit(f"unknown model {name!r}: known are {', '.join(SHORT)}, <paper>/<variant> and timm:<name>")
     _liven(model)
-    torch.manual_seed(1)
-    return model.eval(), torch.randn(case.batch, channels, side, side)
+    return model.eval(), x
 
 
-def _timm(name: str) -> tuple[nn.Module, int, int]:
+def _zoo(paper: str, variant: str, batch: int) -> tuple[nn.Module, torch.Tensor]:
+    from compiled_attn import zoo
+
+    model = zoo.create(paper, variant)
+    record = zoo.PAPERS[paper]
+    inputs = record.inputs(record.variants[variant], batch, torch.Generator().manual_seed(1))
+    if len(inputs) != 1:
+        raise SystemExit(f"{paper}/{variant} takes {len(inputs)} inputs; only models of one input are timed")
+    return model, inputs[0]
+
+
+def _timm(name: str, batch: int) -> tuple[nn.Module, torch.Tensor]:
     try:
         import tests.torchvision_shim  # noqa: F401
 
@@ -70,7 +77,7 @@ def _timm(name: str) -> tuple[nn.Module, int, int]:
         raise SystemExit(f"timm:{name} needs timm, which can not be imported here: {error}") from error
     model = timm.create_model(name)
     channels, side, _ = model.pretrained_cfg["input_size"]
-    return model, side, channels
+    return model, torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def _liven(model: nn.Module) -> None:

@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench.run", description="Times peers side by side on attention models.")
-    p.add_argument("--model", nargs="+", default=["deit_small"], help="zoo names, or timm:<name>")
+    p.add_argument(
+        "--model", nargs="+", default=["deit_small"], help="short names, <paper>/<variant> of the zoo, or timm:<name>"
+    )
     p.add_argument("--batch", nargs="+", type=int, default=[1])
     p.add_argument("--precision", nargs="+", choices=sorted(TOLERANCE), default=["float32"])
     p.add_argument("--threads", nargs="+", type=int, default=[1])
