@@ -42,7 +42,7 @@ def default(
             PackLinear(tune, measure),
         ]
     else:
-        passes += [RaiseLocalAttention(), ChooseLocalAttention(), FoldConstants()]
+        passes += [RaiseLocalAttention(), FuseDepthwise(), ChooseLocalAttention(), FoldConstants()]
     return passes
 
 

@@ -16,7 +16,6 @@ from compiled_attn.ops import depthwise_block
 from compiled_attn.passes.base import difference
 from compiled_attn.passes.fold_batch_norm import FoldBatchNorm
 from compiled_attn.passes.fuse_depthwise import FuseDepthwise
-from compiled_attn.runtime.build import Settings, prepare
 from compiled_attn.runtime.capture import capture
 
 C = 12
@@ -271,7 +270,23 @@ def test_a_network_compiles_with_the_template_and_equals_eager():
     assert "depthwise_block" in str(fast.explain())
 
 
-def test_another_kind_of_target_keeps_its_convolutions():
-    program = program_of(ConvNext, torch.randn(2, C, 9, 10))
-    assert FuseDepthwise().run(program, targets.load("a100"), Notes()) is program
-    assert not blocks(prepare(ConvNext().eval(), (torch.randn(2, C, 9, 9),), {}, Settings.of("a100")).program)
+@models
+def test_a_gpu_is_given_the_same_blocks(model):
+    program = program_of(model, torch.randn(2, C, 9, 10))
+    notes = Notes()
+    for one in (FoldBatchNorm(), FuseDepthwise()):
+        program = one.run(program, targets.load("a100"), notes)
+    assert [n.what for n in notes.of("depthwise_block").done] == MODELS[model]
+
+
+def test_large_maps_go_to_the_template_on_a_gpu_and_to_onednn_on_a_cpu():
+    model, x = depthwise(3, padding="same").eval(), torch.randn(1, C, 400, 400)
+    kept = {name: FuseDepthwise().run(program_of(model, x), targets.load(name), Notes()) for name in ("cpu", "a100")}
+    assert [len(blocks(kept[name])) for name in ("cpu", "a100")] == [0, 1]
+
+
+def test_a_target_that_no_template_serves_keeps_its_convolutions():
+    program, notes = program_of(ConvNext, torch.randn(2, C, 9, 10)), Notes()
+    assert FuseDepthwise().run(program, targets.load("t4"), notes) is program
+    (miss,) = notes.of("depthwise_block").misses
+    assert "sm_75" in miss.because
