@@ -2,7 +2,7 @@
 
     python -m bench.decode_memory --tokens 20000 --full 3000 --out decode-memory
 
-A Llama-shaped decoder with random weights (dim 256, 4 layers, 8 heads over 2 key heads) says 20,000 tokens greedily:
+A Llama-shaped decoder with random weights (dim 256, 2 layers, 8 heads over 2 key heads) says 20,000 tokens greedily:
 compiled, with H2O at a budget of 512; then transformers' own, eager, with the cache that grows. Each runs in a process
 of its own. At the end the next logits of the evicting decoder are compared with transformers' attention over the tokens
 that it kept, at their positions: what drifted would show there.
@@ -27,7 +27,7 @@ SIZES = {
     "vocab_size": 1024,
     "hidden_size": 256,
     "intermediate_size": 688,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32768,
@@ -127,7 +127,7 @@ def full(tokens: int) -> dict[str, Any]:
 def report(evicted: dict[str, Any], grown: dict[str, Any], threads: int) -> list[str]:
     beside = {count: (memory, spent) for count, memory, spent in grown["rows"]}
     lines = [
-        f"Llama-shaped decoder (dim 256, 4 layers, 8 heads over 2 key heads), float32, {threads} threads: H2O at a",
+        f"Llama-shaped decoder (dim 256, 2 layers, 8 heads over 2 key heads), float32, {threads} threads: H2O at a",
         f"budget of {BUDGET}, compiled, and transformers' growing cache, eager. Resident memory; median time of the",
         f"{EVERY} tokens before; a busy machine, so take the shape of the columns and not their height.",
         "",
