@@ -40,7 +40,7 @@ def pictures(batch: int, side: int) -> Tensor:
 def with_thresholds(model: DToP, thresholds: Sequence[float]) -> DToP:
     """The network with the same weights and other thresholds, and with as many auxiliary heads."""
     stages = (*model.config.stages[: len(thresholds)], model.config.stages[-1])
-    other = DToP(replace(model.config, stages=stages, thresholds=tuple(thresholds))).eval()
+    other = DToP(replace(model.config, stages=stages, thresholds=tuple(thresholds))).eval().requires_grad_(False)
     given = model.state_dict()
     other.load_state_dict({name: given[name] for name in other.state_dict()})
     return other

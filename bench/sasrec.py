@@ -25,6 +25,7 @@ from bench.cases import TOLERANCE, difference
 from bench.timing import interleave
 from compiled_attn.zoo.sasrec import Block, Config, OfficialSASRec
 
+HIDDEN = -3e4  # the score of what is not seen: its softmax is zero
 SHORTEST = 5  # the data sets' filter leaves out users with fewer items
 
 
@@ -35,22 +36,23 @@ class Padded(OfficialSASRec):
         real = (sequence != 0).unsqueeze(-1)
         length = sequence.shape[1]
         x = self.table()[sequence] * self.config.width**0.5 + self.SASRec.dec_pos.lookup_table[:length]
-        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        own = torch.eye(length, dtype=torch.bool, device=x.device)  # lest a pad's row sees nothing at all
-        seen = (causal & real.mT | own).unsqueeze(1)  # [B, 1, L, L]
+        step = torch.arange(length, device=x.device)
+        causal, own = step[:, None] >= step, step[:, None] == step  # own: lest a pad's row sees nothing at all
+        hidden = ~(causal & real.mT | own).unsqueeze(1)  # [B, 1, L, L]
+        bias = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, HIDDEN)
         x = x * real
         for index in range(self.config.depth):
-            x = padded_block(self.SASRec.get_submodule(f"num_blocks_{index}"), x, seen) * real
+            x = padded_block(self.SASRec.get_submodule(f"num_blocks_{index}"), x, bias) * real
         return self.SASRec.ln(x)
 
 
-def padded_block(block: Block, x: Tensor, seen: Tensor) -> Tensor:
-    """A block on rows [B, L, C]; seen [B, 1, L, L]."""
+def padded_block(block: Block, x: Tensor, bias: Tensor) -> Tensor:
+    """A block on rows [B, L, C]; bias [B, 1, L, L]."""
     part, query = block.self_attention, block.ln(x)
     q, k, v = (
         t.unflatten(2, (part.heads, -1)).transpose(1, 2) for t in (part.dense(query), part.dense_1(x), part.dense_2(x))
     )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
     x = block.ln_1(query + out)
     return x + block.multihead_attention(x)
 
