@@ -75,10 +75,13 @@ def tokens_per_block(stages: Sequence[Tensor], fused: bool) -> Tensor:
 def draw_tokens(curves: dict[str, list[tuple[float, float, float]]], dense: float, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 4))
     axis.axhline(100 * dense, color="grey", lw=0.8, ls=":", label=f"dense, {SIDE**2 + 1} tokens")
-    for name, points in curves.items():
-        axis.plot([p[1] for p in points], [100 * p[2] for p in points], "o-", label=name)
+    for row, (name, points) in enumerate(curves.items()):
+        color = f"C{row}"
+        axis.plot([p[1] for p in points], [100 * p[2] for p in points], "o-", label=name, color=color)
         for value, tokens, hits in points:
-            axis.annotate(f"{value:g}", (tokens, 100 * hits), textcoords="offset points", xytext=(3, -10), fontsize=6)
+            beside = {"textcoords": "offset points", "xytext": (0, -10 - 8 * row), "ha": "center"}
+            axis.annotate(f"{value:g}", (tokens, 100 * hits), **beside, fontsize=6, color=color)
+    axis.margins(y=0.15)
     axis.set_xlabel("tokens a block, on average over blocks and pictures")
     axis.set_ylabel("accuracy on held-out pictures, %")
     axis.legend(fontsize=8)
