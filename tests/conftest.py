@@ -31,10 +31,14 @@ BEGAN = time.monotonic()
 warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
 
 
+THREADS = torch.get_num_threads()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random state."""
+    """Every test starts from the same random state and the same number of threads."""
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
 
 
 def pytest_sessionfinish(session, exitstatus):

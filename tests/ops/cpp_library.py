@@ -28,32 +28,43 @@ BIAS_KINDS = {None: 0, torch.float32: 1, torch.bfloat16: 2}
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compile the kernels. needs: CPU flags without which the result does not run here."""
+    """One way to compile the kernels, and how many threads they are run with.
+
+    needs: CPU flags without which the result does not run here.
+    """
 
     name: str
     flags: tuple[str, ...]
     lanes: int
     bf16: bool
+    threads: int
     needs: frozenset[str] = frozenset()
 
 
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 ON_X86 = (
-    Variant("avx512-bf16", ("-march=x86-64-v4", "-mavx512bf16"), 16, True, AVX512 | {"avx512_bf16"}),
-    Variant("avx512", ("-march=x86-64-v4",), 16, False, AVX512),
-    Variant("avx2", ("-march=x86-64-v3",), 8, False, frozenset({"avx2", "fma"})),
-    Variant("plain", ("-march=x86-64",), 4, False),
+    Variant("avx512-bf16", ("-march=x86-64-v4", "-mavx512bf16"), 16, True, 2, AVX512 | {"avx512_bf16"}),
+    Variant("avx512", ("-march=x86-64-v4",), 16, False, 3, AVX512),
+    Variant("avx2", ("-march=x86-64-v3",), 8, False, 2, frozenset({"avx2", "fma"})),
+    Variant("plain", ("-march=x86-64",), 4, False, 1),
 )
-VARIANTS = ON_X86 if platform.machine() in ("x86_64", "AMD64") else (Variant("plain", (), 4, False),)
+VARIANTS = ON_X86 if platform.machine() in ("x86_64", "AMD64") else (Variant("plain", (), 4, False, 1),)
 
 
 def runnable(variant: Variant) -> bool:
     return variant.needs <= machine.here().flags
 
 
-@functools.cache
 def library(variant: Variant) -> ctypes.CDLL:
-    """The kernels compiled for a variant, from the cache folder where this source was compiled before."""
+    """The kernels compiled for a variant, which from now on share their work out to its number of threads."""
+    found = _built(variant)
+    found.set_threads(variant.threads)
+    return found
+
+
+@functools.cache
+def _built(variant: Variant) -> ctypes.CDLL:
+    """The library, from the cache folder where this source was compiled before."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or "c++"
     # What Inductor compiles with, of the flags that matter to numbers.
     common = ["-O2", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-trapping-math"]

@@ -65,6 +65,15 @@ def test_the_product_and_what_follows_equal_float64_and_write_nothing_beside(var
     assert beside.isnan().all()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_number_of_rows_is_shared_out_among_threads(variant):
+    for rows in range(130):
+        spec = LinearSpec(rows=rows, inner=8, outer=5, residual=False)
+        x, packed, bias, _ = spec.tensors()
+        wanted = packed_linear_decomposition(x, packed, bias, None, outer=5, activation=spec.activation)
+        assert torch.allclose(run(variant, spec, 1)[0], wanted, rtol=0, atol=1e-5)
+
+
 @given(spec=linear_specs(), columns=st.sampled_from((4, 8, 16, 48, 64)))
 def test_packing_is_undone_by_unpacking(spec, columns):
     weight = spec.weight()

@@ -8,6 +8,8 @@
 #include "ragged_attention.h"
 #include "select_tokens.h"
 
+#include <omp.h>
+
 using namespace compiled_attn_cpp;
 
 static AttentionShape attention_shape(const int64_t* sizes, const int64_t* strides, float scale, int causal) {
@@ -71,6 +73,8 @@ static void run_activation(const float* x, float* out, int64_t count) {
 }
 
 extern "C" {
+
+void set_threads(int count) { omp_set_num_threads(count); }
 
 // One vector after the other; the order of the activations is that of the enumeration.
 void call_activation(int activation, const float* x, float* out, int64_t count) {

@@ -123,8 +123,9 @@ void gemm(const GemmShape& s, const T* x, const T* packed, const T* bias, const 
   const int64_t most = std::max<int64_t>(4 * R, kChunkBytes / (s.inner * int64_t(sizeof(T))));
   const int64_t wanted = threads() > 1 ? (kTasksAThread * threads() + blocks - 1) / blocks : 1;
   const int64_t useful = std::min(wanted, (s.rows + 2 * R - 1) / (2 * R));
-  const int64_t chunks = std::max<int64_t>(std::max<int64_t>(1, useful), (s.rows + most - 1) / most);
-  const int64_t size = ((s.rows + chunks - 1) / chunks + R - 1) / R * R;
+  const int64_t pieces = std::max<int64_t>(std::max<int64_t>(1, useful), (s.rows + most - 1) / most);
+  const int64_t size = std::max<int64_t>(1, ((s.rows + pieces - 1) / pieces + R - 1) / R) * R;
+  const int64_t chunks = (s.rows + size - 1) / size;  // fewer than pieces where rounding up to R leaves none to some
   const float* weights = reinterpret_cast<const float*>(packed);
   const int64_t steps = s.inner / StepOf<T>::kPerStep;
 #pragma omp parallel for schedule(static) if (s.rows * s.inner * s.outer > kWorthThreads)

@@ -99,7 +99,7 @@ void by_rows_in_lanes(const LocalShape& s, const T* q, const T* k, const T* v, N
   const int64_t classes = std::min(a.dilation, a.queries);
   // Short runs transpose the rows that they share with their neighbours again: no shorter than all threads need.
   const int64_t columns = s.heads * s.batch * s.axis[0].queries * std::min(s.axis[1].dilation, s.axis[1].queries) * classes;
-  const int64_t parts = (2 * local_threads() + columns - 1) / columns;
+  const int64_t parts = (2 * local_threads() + columns - 1) / std::max<int64_t>(1, columns);
   const int64_t rows_of_class = (s.axis[1].queries + s.axis[1].dilation - 1) / s.axis[1].dilation;
   const int64_t most = std::max(kGroup, (rows_of_class + parts - 1) / parts);
   const std::vector<Run> z = runs_of(s.axis[0], 1), y = runs_of(s.axis[1], local_threads() == 1 ? rows_of_class : most);
