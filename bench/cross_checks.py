@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from compiled_attn.ir import _torch_cross
+from compiled_attn.ops.templates.triton_config import KERNELS
 from compiled_attn.runtime import cross_toolchain
 from compiled_attn.runtime.cross_sources import read_sources
 from compiled_attn.runtime.load import read
@@ -22,6 +23,7 @@ from compiled_attn.runtime.load import read
 SPILL_BUDGET_BYTES = 64  # a thread; what ptxas keeps on the stack of a kernel that is otherwise in registers
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libc10.so", "libtorch_global_deps.so")
 SYSTEM_LIBRARIES = ("libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libgomp.so.1", "ld-linux-x86-64.so.2")
+OURS = "|".join(sorted(p.stem for p in KERNELS.glob("[a-z]*.py")))  # what the names of our kernels begin with
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def check(path: str | Path, sm: int, weights: Mapping[str, torch.Tensor]) -> Che
     problems += [f"{name} is exported by no library of the target" for name in sorted(wanted - exported())]
     code = next(b for n, b in members.items() if n.endswith(".cpp") and b"AOTInductorModelBase(" in b).decode()
     launched = set(re.findall(r"kernels_\.(\w+) = loadKernel\(", code))
-    ours = {name for name in launched if re.match(r"(attention|class_row|select_tokens)", name)}
+    ours = {name for name in launched if re.match(OURS, name)}
     return Checked(
         cubins=len(cubins),
         templates=tuple(sorted(ours)),

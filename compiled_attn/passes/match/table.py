@@ -122,14 +122,16 @@ def _along(path: tuple[fx.Node, ...], leaf: fx.Node, value: torch.Tensor, number
 def _logits(
     leaf: fx.Node, path: tuple[fx.Node, ...], numbering: Numbering, q: Tokens, shape: tuple[int, ...]
 ) -> Logits | str:
-    """A summand that is a product of the queries with a constant."""
+    """A summand that is a product of the queries with a constant, which may stand on either side."""
     unknown = f"{leaf.name}, which is added to its scores, depends on the input and is no product of its queries"
-    flipped = leaf.target in (aten.matmul.default, aten.mm.default, aten.bmm.default)
-    if (not flipped and leaf.target is not aten.linear.default) or len(leaf.args) > 2:
+    product = leaf.target in (aten.matmul.default, aten.mm.default, aten.bmm.default)
+    if (not product and leaf.target is not aten.linear.default) or len(leaf.args) > 2:
         return unknown
     source, table = leaf.args
     if not isinstance(source, fx.Node) or not isinstance(table, fx.Node):
         return unknown
+    exchanged = product and numbering.constant(source) is not None  # table [R, width] @ queries [..., width, n]
+    source, table = (table, source) if exchanged else (source, table)
     weights, sizes = numbering.constant(table), numbering.shape(leaf)
     if weights is None or weights.dim() != 2 or sizes is None:
         return unknown
@@ -137,26 +139,31 @@ def _logits(
     if end is None:
         return f"{leaf.name} is not spread over its scores by moving elements"
     element = end.long().expand(shape).reshape(-1, *shape[2:]) - 1  # [groups, n, m]
-    rows = _rows_of(source, numbering, q)
+    rows = _rows_of(source, numbering, q, exchanged)
     if isinstance(rows, str):
         return rows
     tokens, row_batch, row_spot, row_head = rows
-    made, entry = element // sizes[-1], element % sizes[-1]
+    if exchanged:
+        made = element // (sizes[-2] * sizes[-1]) * sizes[-1] + element % sizes[-1]
+        entry = element // sizes[-1] % sizes[-2]
+    else:
+        made, entry = element // sizes[-1], element % sizes[-1]
     wanted = q.batch.view(-1, 1, 1), q.spot.unsqueeze(2), q.head.view(-1, 1, 1)
     for have, want in zip((row_batch, row_spot, row_head), wanted, strict=True):
         if not bool(((have[made.clamp(min=0)] == want) | (element < 0)).all()):
             return f"{leaf.name} adds products of other queries to its scores"
-    return Logits(tokens, table, flipped, torch.where(element >= 0, entry, -1))
+    return Logits(tokens, table, product and not exchanged, torch.where(element >= 0, entry, -1))
 
 
 def _rows_of(
-    source: fx.Node, numbering: Numbering, q: Tokens
+    source: fx.Node, numbering: Numbering, q: Tokens, columns: bool
 ) -> tuple[Tokens, torch.Tensor, torch.Tensor, torch.Tensor] | str:
-    """Queries in the order of a product's rows: batch, place and head of each."""
+    """Queries in the order of a product's rows, or of its `columns`: batch, place and head of each."""
     origin = origin_of(source, numbering)
     if isinstance(origin, str):
         return origin
-    rows = origin.numbers.reshape(-1, 1, 1, origin.numbers.shape[-1])
+    numbers = origin.numbers.transpose(-1, -2) if columns else origin.numbers
+    rows = numbers.reshape(-1, 1, 1, numbers.shape[-1])
     if origin.steps:
         return f"{source.name} changes its queries before they meet the table of distances"
     found = tokens_of(replace(origin, numbers=rows), q)
