@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch import fx
+from torch.export.graph_signature import InputKind
 
 from compiled_attn.ir.errors import LowerError
 
@@ -157,9 +158,17 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
 @one_at_a_time
 def aoti_package(exported: torch.export.ExportedProgram, path: str, options: dict[str, Any]) -> str:
-    """Compiles an exported program with AOTInductor into a `.pt2` at `path`; returns the path."""
+    """Compiles an exported program with AOTInductor into a `.pt2` at `path`; returns the path.
+
+    Where weights are frozen, tensor constants become buffers of `exported`: each reader of a constant has its own
+    get_attr node, and torch's freezing deletes the tensor with the first of them that it folds (2.11 to 2.13).
+    """
     import torch._inductor
 
+    if options.get("freezing"):
+        for spec in exported.graph_signature.input_specs:
+            if spec.kind is InputKind.CONSTANT_TENSOR:
+                spec.kind, spec.persistent = InputKind.BUFFER, False
     with _objects_side_by_side(), convolutions_of_any_batch():
         return torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
 

@@ -145,6 +145,25 @@ def test_precision_bf16_keeps_the_callers_dtype():
     assert next(model.parameters()).dtype == torch.float32
 
 
+class TwoReaders(nn.Module):
+    """A table that folds to a constant, read once as it is and once through a view that folds again."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, index):
+        table = torch.cat([torch.zeros_like(self.rows[:1]), self.rows[1:]])
+        return table[index] @ table.T
+
+
+def test_a_folded_constant_may_have_several_readers():
+    model, index = TwoReaders().eval(), torch.tensor([3, 0, 8])
+    for fast in (ca.compile(model, example_inputs=(index,)), torch.compile(model, backend="compiled_attn")):
+        with torch.no_grad():
+            torch.testing.assert_close(fast(index), model(index))
+
+
 def test_a_size_outside_the_declared_range_is_refused():
     model = Small().eval()
     fast = ca.compile(
