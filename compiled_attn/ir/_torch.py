@@ -161,7 +161,7 @@ def aoti_package(exported: torch.export.ExportedProgram, path: str, options: dic
     """Compiles an exported program with AOTInductor into a `.pt2` at `path`; returns the path.
 
     Where weights are frozen, tensor constants become buffers of `exported`: each reader of a constant has its own
-    get_attr node, and torch's freezing deletes the tensor with the first of them that it folds (2.11 to 2.13).
+    get_attr node, and torch's freezing deletes the tensor with the first of them that it folds (2.13).
     """
     import torch._inductor
 
