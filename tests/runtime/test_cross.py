@@ -399,7 +399,7 @@ def test_a_contract_takes_over_what_32_bit_indices_count_and_no_other_bound(coun
     spec = contract.TensorSpec("x", "float32", ("b", 3), (0, 1), "cuda")
     call = contract.Call(("x",), 1, (spec,), (), {"b": contract.Range(1, None)}, (), "", "")
     inputs = {0: package.InputFacts(highest={0: counted})}
-    facts = package.PackageFacts({}, inputs, (1, 0), {}, memoryview(b""))
+    facts = package.PackageFacts({}, inputs, (1, 0), {}, memoryview(b""), {})
     assert package.narrowed(call, facts).symbols == {"b": contract.Range(1, stated)}
 
 
