@@ -92,10 +92,9 @@ def test_the_launch_exports_as_one_operator_with_a_symbolic_batch():
 def test_an_op_without_a_kernel_is_refused_with_the_list_of_those_that_have_one():
     from compiled_attn.runtime import launch
 
-    with pytest.raises(
-        TargetError, match="attention, attention_with_class_row, depthwise_block, ragged_attention, select_tokens"
-    ):
-        launch.stand_in("local_attention", A100)
+    kernels = "attention, attention_with_class_row, depthwise_block, local_attention, ragged_attention, select_tokens"
+    with pytest.raises(TargetError, match=kernels):
+        launch.stand_in("packed_linear", A100)
 
 
 def test_without_triton_the_error_says_how_to_get_it(monkeypatch):
