@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from compiled_attn.ops.templates.base import Template
-from compiled_attn.ops.templates.triton_config import BLOCKS, DTYPES, SM_LEAST, Config, block_of, kind_of, offered
+from compiled_attn.ops.templates.triton_config import (
+    DTYPES,
+    Config,
+    block_of,
+    kind_of,
+    offered,
+    unfit,
+    unfit_widths,
+)
 
 NAME = "triton_attention"
 KERNEL = "attention"
@@ -18,21 +26,18 @@ KERNEL = "attention"
 def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str | None:
     """None where the kernel covers this call of compiled_attn::attention, else the sentence that says why not."""
     q, k, v, bias = (*args, None)[:4]
-    if target.kind != "cuda":
-        return f"target {target.name} has no Triton"
-    if target.sm < SM_LEAST:
-        return f"target {target.name} is sm_{target.sm}, Triton's tensor-core products start at sm_{SM_LEAST}"
+    because = unfit(target)
+    if because is not None:
+        return because
     if q.dtype not in DTYPES:
         return f"its elements are {q.dtype}, the kernel reads float32, float16 and bfloat16"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q is {q.dtype} but k is {k.dtype} and v is {v.dtype}"
     if bias is not None and not bias.dtype.is_floating_point:
         return f"its bias is {bias.dtype}, the kernel adds a floating-point bias"
-    for name, width in (("head width", q.shape[-1]), ("value width", v.shape[-1])):
-        if not isinstance(width, int):
-            return f"its {name} {width} is symbolic, the kernel is compiled for one"
-        if not 1 <= width <= BLOCKS[-1]:
-            return f"its {name} is {width}, the kernel holds 1 to {BLOCKS[-1]} in registers"
+    because = unfit_widths(q, v)
+    if because is not None:
+        return because
     if not chosen(args, kwargs, target):
         return f"no configuration for its head width {q.shape[-1]} fits target {target.name} without spilling"
     return None

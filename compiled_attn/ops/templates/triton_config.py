@@ -56,6 +56,25 @@ class MachineCode:
         return self.registers <= REGISTERS_MOST and self.spills <= SPILLS_MOST and self.shared <= shared_limit
 
 
+def unfit(target: Any) -> str | None:
+    """Why no Triton kernel of ours runs on a target; None where they do."""
+    if target.kind != "cuda":
+        return f"target {target.name} has no Triton"
+    if target.sm < SM_LEAST:
+        return f"target {target.name} is sm_{target.sm}, Triton's tensor-core products start at sm_{SM_LEAST}"
+    return None
+
+
+def unfit_widths(q: torch.Tensor, v: torch.Tensor, widest: int = BLOCKS[-1], beside: str = "") -> str | None:
+    """Why an attention kernel does not hold heads of q's and v's last size; `beside` says what narrows `widest`."""
+    for name, width in (("head width", q.shape[-1]), ("value width", v.shape[-1])):
+        if not isinstance(width, int):
+            return f"its {name} {width} is symbolic, the kernel is compiled for one"
+        if not 1 <= width <= widest:
+            return f"its {name} is {width}, the kernel holds 1 to {widest} in registers{beside}"
+    return None
+
+
 def block_of(width: int) -> int:
     """The power of two, at least 16, that holds a head of `width` (Triton's matrix product takes no less)."""
     return max(BLOCKS[0], 1 << (width - 1).bit_length())

@@ -7,7 +7,7 @@ its rows; the result is written once. No shared memory but for the norm's sums.
 from typing import Any
 
 from compiled_attn.ops.templates.base import Template
-from compiled_attn.ops.templates.triton_config import DTYPES, SM_LEAST, Config, block_of, kind_of, offered
+from compiled_attn.ops.templates.triton_config import DTYPES, Config, block_of, kind_of, offered, unfit
 
 NAME = "triton_depthwise"
 KERNEL = "depthwise"
@@ -18,10 +18,9 @@ NORM_BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str | None:
     """None where the kernel covers this call of depthwise_block, else the sentence that says why not."""
     x, weight, *_ = args
-    if target.kind != "cuda":
-        return f"target {target.name} has no Triton"
-    if target.sm < SM_LEAST:
-        return f"target {target.name} is sm_{target.sm}, Triton's tensor-core products start at sm_{SM_LEAST}"
+    because = unfit(target)
+    if because is not None:
+        return because
     if x.dtype not in DTYPES:
         return f"its elements are {x.dtype}, the kernel takes float32, float16 and bfloat16"
     if kwargs.get("norm_eps") is not None and not (isinstance(weight.shape[2], int) and weight.shape[2] <= NORM_MOST):

@@ -16,7 +16,16 @@ import torch
 
 from compiled_attn.ops.local_geometry import Axis, axes_of
 from compiled_attn.ops.templates.base import Template
-from compiled_attn.ops.templates.triton_config import BLOCKS, DTYPES, SM_LEAST, Config, block_of, kind_of, offered
+from compiled_attn.ops.templates.triton_config import (
+    BLOCKS,
+    DTYPES,
+    Config,
+    block_of,
+    kind_of,
+    offered,
+    unfit,
+    unfit_widths,
+)
 
 NAME = "triton_local_attention"
 KERNEL = "local_attention"
@@ -31,10 +40,9 @@ CACHE_SPEED = 3
 def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str | None:
     """None where the kernel covers this call of compiled_attn::local_attention, else why not."""
     q, k, v, bias, relative = (*args, None, None)[:5]
-    if target.kind != "cuda":
-        return f"target {target.name} has no Triton"
-    if target.sm < SM_LEAST:
-        return f"target {target.name} is sm_{target.sm}, Triton's tensor-core products start at sm_{SM_LEAST}"
+    because = unfit(target)
+    if because is not None:
+        return because
     if q.dtype not in DTYPES:
         return f"its elements are {q.dtype}, the kernel reads float32, float16 and bfloat16"
     if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -42,13 +50,10 @@ def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str |
     for name, tensor in (("bias is", bias), ("relative logits are", relative)):
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"its {name} {tensor.dtype}, the kernel adds float32, float16 and bfloat16"
-    for name, width in (("head width", q.shape[-1]), ("value width", v.shape[-1])):
-        if not isinstance(width, int):
-            return f"its {name} {width} is symbolic, the kernel is compiled for one"
-        widest = BLOCKS[-1] if relative is None else WIDEST_RELATIVE
-        if not 1 <= width <= widest:
-            beside = "" if relative is None else " beside relative logits"
-            return f"its {name} is {width}, the kernel holds 1 to {widest} in registers{beside}"
+    narrowed = (BLOCKS[-1], "") if relative is None else (WIDEST_RELATIVE, " beside relative logits")
+    because = unfit_widths(q, v, *narrowed)
+    if because is not None:
+        return because
     if kwargs["scale"] == 0 and (bias is not None or relative is not None):
         return "its scale is 0, by which the kernel divides what is added to the scores"
     if max(kwargs["window"]) > LONGEST:

@@ -10,7 +10,15 @@ import torch
 
 from compiled_attn.ops.templates import triton_attention
 from compiled_attn.ops.templates.base import Template
-from compiled_attn.ops.templates.triton_config import BLOCKS, DTYPES, SM_LEAST, Config, block_of, kind_of, offered
+from compiled_attn.ops.templates.triton_config import (
+    DTYPES,
+    Config,
+    block_of,
+    kind_of,
+    offered,
+    unfit,
+    unfit_widths,
+)
 
 NAME = "triton_ragged_attention"
 KERNEL = "ragged_attention"
@@ -19,17 +27,14 @@ KERNEL = "ragged_attention"
 def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str | None:
     """None where the kernel covers this call of compiled_attn::ragged_attention, else why not."""
     q, _, v = args[:3]
-    if target.kind != "cuda":
-        return f"target {target.name} has no Triton"
-    if target.sm < SM_LEAST:
-        return f"target {target.name} is sm_{target.sm}, Triton's tensor-core products start at sm_{SM_LEAST}"
+    because = unfit(target)
+    if because is not None:
+        return because
     if q.dtype not in DTYPES:
         return f"its elements are {q.dtype}, the kernel reads float32, float16 and bfloat16"
-    for name, width in (("head width", q.shape[-1]), ("value width", v.shape[-1])):
-        if not isinstance(width, int):
-            return f"its {name} {width} is symbolic, the kernel is compiled for one"
-        if not 1 <= width <= BLOCKS[-1]:
-            return f"its {name} is {width}, the kernel holds 1 to {BLOCKS[-1]} in registers"
+    because = unfit_widths(q, v)
+    if because is not None:
+        return because
     if not chosen(args, kwargs, target):
         return f"no configuration for its head width {q.shape[-1]} fits target {target.name} without spilling"
     return None

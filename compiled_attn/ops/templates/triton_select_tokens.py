@@ -7,7 +7,7 @@ Nothing is sorted and nothing but the outputs is written.
 from typing import Any
 
 from compiled_attn.ops.templates.base import Template
-from compiled_attn.ops.templates.triton_config import DTYPES, SM_LEAST, Config, kind_of, offered
+from compiled_attn.ops.templates.triton_config import DTYPES, Config, kind_of, offered, unfit
 
 NAME = "triton_select_tokens"
 KERNEL = "select_tokens"
@@ -17,10 +17,9 @@ TOKENS_MOST = 4096
 def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str | None:
     """None where the kernel covers this call of select_tokens, else the sentence that says why not."""
     x, score, *_ = args
-    if target.kind != "cuda":
-        return f"target {target.name} has no Triton"
-    if target.sm < SM_LEAST:
-        return f"target {target.name} is sm_{target.sm}, Triton's tensor-core products start at sm_{SM_LEAST}"
+    because = unfit(target)
+    if because is not None:
+        return because
     for name, tensor in (("tokens", x), ("scores", score)):
         if tensor.dtype not in DTYPES:
             return f"its {name} are {tensor.dtype}, the kernel reads float32, float16 and bfloat16"
