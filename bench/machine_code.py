@@ -32,12 +32,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compiled_attn.ir import targets
-from compiled_attn.ops.kernels import attention, class_row, depthwise, local_attention, ragged_attention, select_tokens
+from compiled_attn.ops.kernels import (
+    attention,
+    class_row,
+    depthwise,
+    local_attention,
+    neighborhood,
+    ragged_attention,
+    select_tokens,
+)
 from compiled_attn.ops.templates import (
     triton_attention,
     triton_class_row,
     triton_depthwise,
     triton_local_attention,
+    triton_neighborhood,
     triton_ragged_attention,
     triton_select_tokens,
 )
@@ -48,6 +57,7 @@ SOURCES = (
     "class_row.py",
     "depthwise.py",
     "local_attention.py",
+    "neighborhood.py",
     "ragged_attention.py",
     "select_tokens.py",
 )
@@ -160,6 +170,16 @@ def cases() -> Iterator[Case]:
                 triton_select_tokens.configs(),
                 (("FUSE", fuse), ("stride_xc", 1), ("stride_sm", 1)),
             )
+        for mixes in triton_neighborhood.MIXES:
+            for block in triton_neighborhood.WIDTHS:
+                yield Case(
+                    triton_neighborhood.KERNEL,
+                    triton_neighborhood.case(dtype, mixes, block),
+                    neighborhood.neighborhood,
+                    dtype,
+                    triton_neighborhood.configs(mixes, block),
+                    (("stride_wk", 1), ("stride_vd", 1)),
+                )
         for block in (0, *triton_depthwise.NORM_BLOCKS):
             parts = ("HAS_BIAS", "HAS_GATE", "HAS_RESIDUAL", "NORM_WEIGHT", "NORM_BIAS")
             yield Case(

@@ -18,6 +18,7 @@ from compiled_attn.ops.templates import (
     triton_class_row,
     triton_depthwise,
     triton_local_attention,
+    triton_neighborhood,
     triton_ragged_attention,
     triton_select_tokens,
 )
@@ -37,6 +38,7 @@ TEMPLATES: list[Template] = [
     triton_class_row.TEMPLATE,
     triton_depthwise.TEMPLATE,
     triton_local_attention.TEMPLATE,
+    triton_neighborhood.TEMPLATE,
     triton_ragged_attention.TEMPLATE,
     triton_select_tokens.TEMPLATE,
 ]

@@ -11,6 +11,7 @@ from compiled_attn.ops.templates import (
     triton_class_row,
     triton_depthwise,
     triton_local_attention,
+    triton_neighborhood,
     triton_ragged_attention,
     triton_select_tokens,
 )
@@ -81,11 +82,18 @@ def _local(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[t
     return [(triton_local_attention.KERNEL, case, triton_local_attention.chosen(args, kwargs, target)[0])]
 
 
+def _neighborhood(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
+    weights, v = args
+    case = triton_neighborhood.case(v.dtype, *triton_neighborhood.blocks(weights.shape[-2], v.shape[-1]))
+    return [(triton_neighborhood.KERNEL, case, triton_neighborhood.chosen(args, kwargs, target)[0])]
+
+
 _CHOSEN: dict[str, Callable[..., list[tuple[str, str, Config]]]] = {
     "attention": _attention,
     "attention_with_class_row": _class_row,
     "depthwise_block": _depthwise,
     "local_attention": _local,
+    "neighborhood_apply": _neighborhood,
     "ragged_attention": _ragged,
     "select_tokens": _select,
 }
