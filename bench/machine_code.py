@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 from compiled_attn.ir import targets
 from compiled_attn.ops.kernels import (
     attention,
+    cached_attention,
     class_row,
     depthwise,
     local_attention,
@@ -43,6 +44,7 @@ from compiled_attn.ops.kernels import (
 )
 from compiled_attn.ops.templates import (
     triton_attention,
+    triton_cached_attention,
     triton_class_row,
     triton_depthwise,
     triton_local_attention,
@@ -54,6 +56,7 @@ from compiled_attn.ops.templates.triton_config import BLOCKS, KERNELS, RECORD, S
 
 SOURCES = (
     "attention.py",
+    "cached_attention.py",
     "class_row.py",
     "depthwise.py",
     "local_attention.py",
@@ -81,7 +84,8 @@ class Case:
         """Triton types of the arguments that are no constants."""
         element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
         pointers = {"logits_ptr": "fp32", "lse_ptr": "fp32", "row_ptr": "fp32", "score_ptr": "fp32", "index_ptr": "i64"}
-        pointers |= {"q_offsets_ptr": "i64", "k_offsets_ptr": "i64"}
+        pointers |= {"q_offsets_ptr": "i64", "k_offsets_ptr": "i64", "positions_ptr": "i64", "queries_ptr": "i64"}
+        pointers |= {f"{name}_ptr": "fp32" for name in ("peak", "total", "sum", "mass")}
         types = {}
         for argument in self.function.arg_names:
             if argument.endswith("_ptr"):
@@ -161,6 +165,28 @@ def cases() -> Iterator[Case]:
                         *((f"{size}_{axis}", 1) for axis in "zyx"[: 3 - rank] for size in sizes),
                     ),
                 )
+            yield Case(
+                triton_cached_attention.SPLIT_KERNEL,
+                triton_cached_attention.case(dtype, block),
+                cached_attention.cached_attention_split,
+                dtype,
+                triton_cached_attention.split_configs(dtype, block),
+                (
+                    *width,
+                    ("DV", block - 8),
+                    ("BLOCK_DV", block),
+                    ("UPCAST", False),
+                    *((f"stride_{x}", 1) for x in ("qd", "kd", "vd")),
+                ),
+            )
+            yield Case(
+                triton_cached_attention.COMBINE_KERNEL,
+                triton_cached_attention.case(dtype, block),
+                cached_attention.cached_attention_combine,
+                dtype,
+                triton_cached_attention.combine_configs(),
+                (("DV", block - 8), ("BLOCK_DV", block), ("BLOCK_SPLITS", triton_cached_attention.SPLITS)),
+            )
         for fuse in (False, True):
             yield Case(
                 triton_select_tokens.KERNEL,

@@ -3,8 +3,8 @@
 `stand_in` gives, for a vocabulary op, a function of the same signature that launches its kernel through a
 `torch.library.triton_op`: Inductor and AOTInductor see into it and carry the kernel into generated code and packages.
 The configuration is the first that the template offers for the target. Under Triton's interpreter `attention`,
-`class_row`, `ragged_attention` and `select_tokens` run on CPU tensors. Local attention and
-neighborhoods are launched by launch_local.py and launch_neighborhood.py.
+`class_row`, `ragged_attention` and `select_tokens` run on CPU tensors. Local attention,
+neighborhoods and attention over a cache are launched by launch_local.py, launch_neighborhood.py and launch_cached.py.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from compiled_attn.ops.templates import (
     triton_select_tokens,
 )
 from compiled_attn.ops.templates.triton_config import Config, block_of
-from compiled_attn.runtime import launch_local, launch_neighborhood
+from compiled_attn.runtime import launch_cached, launch_local, launch_neighborhood
 from compiled_attn.runtime.triton_run import interpreted, run
 
 
@@ -64,6 +64,7 @@ def _operators() -> dict[str, Any]:
     launches: dict[str, Any] = {
         "attention": _attention,
         "attention_with_class_row": _attention_with_class_row,
+        "cached_attention": launch_cached.operator,
         "depthwise_block": _depthwise_block,
         "local_attention": launch_local.operator,
         "neighborhood_apply": launch_neighborhood.operator,
@@ -200,6 +201,7 @@ def _call_depthwise(
 _CALLS: dict[str, Callable[..., Any]] = {
     "attention": _call_attention,
     "attention_with_class_row": _call_class_row,
+    "cached_attention": launch_cached.call,
     "depthwise_block": _call_depthwise,
     "local_attention": launch_local.call,
     "neighborhood_apply": launch_neighborhood.call,

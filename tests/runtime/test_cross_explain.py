@@ -57,9 +57,11 @@ def test_every_triton_template_has_its_kernels_needs_on_record():
         t.op for t in registry.TEMPLATES if t.device == "cuda" and t.accepts.__module__.startswith("compiled_attn.")
     }
     q, m = torch.empty(2, 2, 10, 32, dtype=torch.float16), torch.empty(2, 14, 14, 2, 32, dtype=torch.float16)
+    whole = torch.zeros(2, 2, 10, dtype=torch.int64)
     calls = {
         "attention": ((q, q, q, None), {"scale": 1.0}),
         "attention_with_class_row": ((q, q, q, None), {"scale": 1.0}),
+        "cached_attention": ((q[:, :, :1], q, q, whole, whole[:, 0, :1]), {"scale": 1.0}),
         "depthwise_block": ((torch.empty(2, 24, 7, 7), torch.empty(3, 3, 24)), {"norm_eps": 1e-6}),
         "local_attention": ((m, m, m, torch.empty(2, 13, 13)), {"window": [7, 7], "scale": 1.0}),
         "neighborhood_apply": ((torch.empty(2, 14, 14, 2, 9, 9), m.float()), {"window": [3, 3], "border": "zero"}),

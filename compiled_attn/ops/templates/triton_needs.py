@@ -8,6 +8,7 @@ from typing import Any
 
 from compiled_attn.ops.templates import (
     triton_attention,
+    triton_cached_attention,
     triton_class_row,
     triton_depthwise,
     triton_local_attention,
@@ -70,6 +71,16 @@ def _ragged(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[
     return [(triton_ragged_attention.KERNEL, case, triton_ragged_attention.chosen(args, kwargs, target)[0])]
 
 
+def _cached(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
+    q, _, v = args[:3]
+    case = triton_cached_attention.case(q.dtype, max(block_of(q.shape[-1]), block_of(v.shape[-1])))
+    split, combine = (found[0] for found in triton_cached_attention.chosen(args, kwargs, target))
+    return [
+        (triton_cached_attention.SPLIT_KERNEL, case, split),
+        (triton_cached_attention.COMBINE_KERNEL, case, combine),
+    ]
+
+
 def _depthwise(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
     case = triton_depthwise.case(args[0].dtype, triton_depthwise.norm_block(args, kwargs))
     return [(triton_depthwise.KERNEL, case, triton_depthwise.chosen(args, kwargs, target)[0])]
@@ -91,6 +102,7 @@ def _neighborhood(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) ->
 _CHOSEN: dict[str, Callable[..., list[tuple[str, str, Config]]]] = {
     "attention": _attention,
     "attention_with_class_row": _class_row,
+    "cached_attention": _cached,
     "depthwise_block": _depthwise,
     "local_attention": _local,
     "neighborhood_apply": _neighborhood,
