@@ -80,14 +80,31 @@ def test_the_cpp_kernel_equals_the_reference_on_drawn_caches(variant: cpp_librar
     @settings(max_examples=60, deadline=None)
     @given(cache_specs(widest=90))
     def check(spec: CacheSpec) -> None:
-        args = spec.attention(dtype)
-        wanted, mass_wanted = cached_attention.reference(*args, **spec.options)
-        out, mass = torch.full_like(wanted, torch.nan), torch.full_like(mass_wanted, torch.nan)
-        cpp_library.cached_attention(variant, *args, out, mass, **spec.options)
-        laws.near(out, wanted, laws.ROUNDING[dtype])
-        laws.near(mass, mass_wanted, 1e-5)
+        kernel_equals_reference(variant, spec, dtype)
 
     check()
+
+
+@pytest.mark.parametrize("variant", cpp_library.VARIANTS, ids=lambda v: v.name)
+def test_many_slots_of_few_heads_are_shared_out_among_the_threads(variant: cpp_library.Variant) -> None:
+    if not cpp_library.runnable(variant):
+        pytest.skip(f"this machine does not run {variant.name}")
+    few = CacheSpec(batch=1, groups=1, share=3, slots=900, past=950, new=1, width=24, value_width=33)
+    for live in (0, 1, 500, 900):
+        kernel_equals_reference(variant, replace(few, live=live), torch.float32)
+    kernel_equals_reference(variant, replace(few, live=700, batch=2, padded=1), torch.float32)
+    kernel_equals_reference(variant, replace(few, live=700, groups=2, share=1), torch.bfloat16)
+    windowed = {"scale": 1.0, "window": 300, "tail": 1}
+    kernel_equals_reference(variant, replace(few, live=800, options=windowed), torch.float32)
+
+
+def kernel_equals_reference(variant: cpp_library.Variant, spec: CacheSpec, dtype: torch.dtype) -> None:
+    args = spec.attention(dtype)
+    wanted, mass_wanted = cached_attention.reference(*args, **spec.options)
+    out, mass = torch.full_like(wanted, torch.nan), torch.full_like(mass_wanted, torch.nan)
+    cpp_library.cached_attention(variant, *args, out, mass, **spec.options)
+    laws.near(out, wanted, laws.ROUNDING[dtype])
+    laws.near(mass, mass_wanted, 1e-5)
 
 
 class Decode(torch.nn.Module):

@@ -1,6 +1,7 @@
 """A decode step's attention over a slot cache in C++ (kernels/cpp/cached_attention.h), with the mass of each slot.
 
-Memory: a thread holds share + 1 numbers a slot. Prompts, whose queries are many, stay products of matrices.
+Memory: a thread holds share + 1 numbers a slot; where key heads are fewer than threads, several share a head's slots.
+Prompts, whose queries are many, stay products of matrices.
 """
 
 from __future__ import annotations

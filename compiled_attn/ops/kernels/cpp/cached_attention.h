@@ -8,11 +8,18 @@
 //
 // A task is one key head: its keys and values are read once for all query heads that share them. Slots that a query
 // does not see are left out before the first product, so that a cache costs what it holds. Memory plan of a task
-// (floats): share * S probabilities, and S numbers of slots.
+// (floats): share * S probabilities, and S numbers of slots. Where one query a text makes fewer tasks than would keep
+// all threads at work, the slots that it sees are divided among several, whose parts are then put together: beside the
+// same of all tasks, a peak and a total a part and head, and its share of `out`.
 #ifndef COMPILED_ATTN_CPP_CACHED_ATTENTION_H
 #define COMPILED_ATTN_CPP_CACHED_ATTENTION_H
 
+#include <numeric>
 #include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "class_row.h"
 
@@ -61,10 +68,11 @@ COMPILED_ATTN_INLINE void slot_scores(const CacheShape& s, const T* q, const T* 
   }
 }
 
-// out_r [Dv] = sum over i of p[r * slots + i] * v_seen[i] for R queries, NV vectors of channels at a time.
-template <int R, int NV, class T>
+// out_r [Dv], `stride` apart, = sum over i of p[r * slots + i] * v_seen[i] for R queries, NV vectors of channels at a
+// time.
+template <int R, int NV, class T, class Out>
 COMPILED_ATTN_INLINE void slot_values(const CacheShape& s, const T* v, const int64_t* seen, int64_t count,
-                                      const float* p, int64_t channel, T* out) {
+                                      const float* p, int64_t channel, Out* out, int64_t stride) {
   Vec sum[R][NV];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -86,32 +94,73 @@ COMPILED_ATTN_INLINE void slot_values(const CacheShape& s, const T* v, const int
     }
   }
   for (int r = 0; r < R; ++r) {
-    T* to = out + r * s.out[1] + channel;
+    Out* to = out + r * stride + channel;
     for (int j = 0; j + 1 < NV; ++j) vstore(to + j * kWidth, sum[r][j]);
     vstore(to + (NV - 1) * kWidth, sum[r][NV - 1], last);
   }
 }
 
-template <int R, class T>
+template <int R, class T, class Out>
 COMPILED_ATTN_INLINE void slot_outputs(const CacheShape& s, const T* v, const int64_t* seen, int64_t count,
-                                       const float* p, T* out) {
+                                       const float* p, Out* out, int64_t stride) {
   constexpr int most = kMaxVectors == 4 ? 4 : 2;
   for (int64_t channel = 0; channel < s.value_width;) {
     const int64_t vectors = (s.value_width - channel + kWidth - 1) / kWidth;
     if (vectors >= most) {
-      slot_values<R, most>(s, v, seen, count, p, channel, out);
+      slot_values<R, most>(s, v, seen, count, p, channel, out, stride);
       channel += most * kWidth;
     } else {
-      slot_values<R, 1>(s, v, seen, count, p, channel, out);
+      slot_values<R, 1>(s, v, seen, count, p, channel, out, stride);
       channel += kWidth;
     }
   }
 }
 
+// The same two for all heads of a group: scores of the slots seen, and the values that `p` weighs, `stride` apart.
 template <class T>
-void cached_attention(const CacheShape& s, const T* q, const T* k, const T* v, const int64_t* positions,
-                      const int64_t* queries, T* out, float* mass) {
-  const int64_t tasks = s.batch * s.groups;
+COMPILED_ATTN_INLINE void group_scores(const CacheShape& s, const T* q, const T* k, const int64_t* seen, int64_t count,
+                                       float* p) {
+  int64_t r = 0;
+  for (; r + 2 <= s.share; r += 2) slot_scores<2>(s, q + r * s.q[1], k, seen, count, p + r * s.slots);
+  if (r < s.share) slot_scores<1>(s, q + r * s.q[1], k, seen, count, p + r * s.slots);
+}
+
+template <class T, class Out>
+COMPILED_ATTN_INLINE void group_outputs(const CacheShape& s, const T* v, const int64_t* seen, int64_t count,
+                                        const float* p, Out* out, int64_t stride) {
+  int64_t r = 0;
+  for (; r + 4 <= s.share; r += 4) slot_outputs<4>(s, v, seen, count, p + r * s.slots, out + r * stride, stride);
+  for (; r < s.share; ++r) slot_outputs<1>(s, v, seen, count, p + r * s.slots, out + r * stride, stride);
+}
+
+// The numbers of the slots that a query at position `at` sees; returns how many.
+COMPILED_ATTN_INLINE int64_t seen_slots(const CacheShape& s, const int64_t* held, int64_t at, int64_t* seen) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < s.slots; ++i) {
+    const int64_t position = held[i * s.positions[2]];
+    seen[count] = i;
+    count += position >= 0 && position <= at && (s.window == 0 || at - position < s.window);
+  }
+  return count;
+}
+
+// Fewest slots of a part that are worth a thread's start.
+constexpr int64_t kSlotsOfAPart = 128;
+
+// Parts of each task's slots, as many as divide the tasks evenly among the threads.
+inline int64_t cache_parts(const CacheShape& s, int64_t tasks) {
+#ifdef _OPENMP
+  const int64_t threads = omp_get_max_threads();
+  if (s.queries == 1 && tasks > 0 && tasks < 2 * threads)
+    return std::max<int64_t>(1, std::min(s.slots / kSlotsOfAPart, threads / std::gcd(tasks, threads)));
+#endif
+  return 1;
+}
+
+// A task is one key head of a text; its slots are not shared out.
+template <class T>
+void cached_attention_whole(const CacheShape& s, const T* q, const T* k, const T* v, const int64_t* positions,
+                            const int64_t* queries, T* out, float* mass, int64_t tasks) {
 #pragma omp parallel for if (tasks > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t g = task % s.groups, b = task / s.groups;
@@ -125,31 +174,95 @@ void cached_attention(const CacheShape& s, const T* q, const T* k, const T* v, c
     int64_t newest = -1;
     for (int64_t t = 0; t < s.queries; ++t) newest = std::max(newest, asked[t * s.at[1]]);
     for (int64_t t = 0; t < s.queries; ++t) {
-      const int64_t at = asked[t * s.at[1]];
-      int64_t count = 0;
-      for (int64_t i = 0; i < s.slots; ++i) {
-        const int64_t position = held[i * s.positions[2]];
-        seen[count] = i;
-        count += position >= 0 && position <= at && (s.window == 0 || at - position < s.window);
-      }
-      const T* query = q + b * s.q[0] + g * s.share * s.q[1] + t * s.q[2];
-      T* to = out ? out + b * s.out[0] + g * s.share * s.out[1] + t * s.out[2] : nullptr;
+      const int64_t at = asked[t * s.at[1]], count = seen_slots(s, held, at, seen.data());
       float* p = probabilities.data();
-      int64_t r = 0;
-      for (; r + 2 <= s.share; r += 2) slot_scores<2>(s, query + r * s.q[1], keys, seen.data(), count, p + r * s.slots);
-      if (r < s.share) slot_scores<1>(s, query + r * s.q[1], keys, seen.data(), count, p + r * s.slots);
-      for (r = 0; r < s.share; ++r) row_softmax(p + r * s.slots, count, 1.f);
-      if (to) {
-        for (r = 0; r + 4 <= s.share; r += 4)
-          slot_outputs<4>(s, values, seen.data(), count, p + r * s.slots, to + r * s.out[1]);
-        for (; r < s.share; ++r) slot_outputs<1>(s, values, seen.data(), count, p + r * s.slots, to + r * s.out[1]);
+      group_scores(s, q + b * s.q[0] + g * s.share * s.q[1] + t * s.q[2], keys, seen.data(), count, p);
+      for (int64_t r = 0; r < s.share; ++r) row_softmax(p + r * s.slots, count, 1.f);
+      if (out) {
+        T* to = out + b * s.out[0] + g * s.share * s.out[1] + t * s.out[2];
+        group_outputs(s, values, seen.data(), count, p, to, s.out[1]);
       }
       if (got && at >= 0 && (s.tail == 0 || at > newest - s.tail)) {
-        for (r = 0; r < s.share; ++r) {
+        for (int64_t r = 0; r < s.share; ++r) {
           for (int64_t i = 0; i < count; ++i) got[seen[i]] += p[r * s.slots + i];
         }
       }
     }
+  }
+}
+
+// One query a text; the slots that each task sees are shared out in `parts`.
+template <class T>
+void cached_attention_parts(const CacheShape& s, const T* q, const T* k, const T* v, const int64_t* positions,
+                            const int64_t* queries, T* out, float* mass, int64_t tasks, int64_t parts) {
+  const int64_t rows = tasks * s.share, width = s.value_width;
+  std::vector<int64_t> seen(tasks * s.slots), counts(tasks);
+  std::vector<float> powers(rows * s.slots), peaks(rows * parts), totals(rows * parts);
+  std::vector<float> sums(out ? rows * parts * width : 0);  // [tasks, parts, share, Dv]
+#pragma omp parallel
+  {
+#pragma omp for
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t g = task % s.groups, b = task / s.groups;
+      const int64_t* held = positions + b * s.positions[0] + g * s.positions[1];
+      counts[task] = seen_slots(s, held, queries[b * s.at[0]], seen.data() + task * s.slots);
+      if (mass) std::fill(mass + task * s.slots, mass + (task + 1) * s.slots, 0.f);
+    }
+#pragma omp for
+    for (int64_t i = 0; i < tasks * parts; ++i) {
+      const int64_t task = i / parts, part = i % parts, g = task % s.groups, b = task / s.groups;
+      const int64_t begin = counts[task] * part / parts, count = counts[task] * (part + 1) / parts - begin;
+      const int64_t* mine = seen.data() + task * s.slots + begin;
+      float* p = powers.data() + task * s.share * s.slots + begin;
+      group_scores(s, q + b * s.q[0] + g * s.share * s.q[1], k + b * s.k[0] + g * s.k[1], mine, count, p);
+      for (int64_t r = 0; r < s.share; ++r) {
+        const int64_t at = (task * s.share + r) * parts + part;
+        totals[at] = row_powers(p + r * s.slots, count, peaks[at]);
+      }
+      const T* values = v + b * s.v[0] + g * s.v[1];
+      if (out) group_outputs(s, values, mine, count, p, sums.data() + i * s.share * width, width);
+    }
+#pragma omp for
+    for (int64_t row = 0; row < rows; ++row) {  // each part's share of the whole, in place of its peak
+      float* factor = peaks.data() + row * parts;
+      const float peak = *std::max_element(factor, factor + parts);
+      float total = 0.f;
+      for (int64_t j = 0; j < parts; ++j) {
+        factor[j] = std::exp2(factor[j] - (peak == kMinusInfinity ? 0.f : peak));
+        total += factor[j] * totals[row * parts + j];
+      }
+      for (int64_t j = 0; j < parts; ++j) factor[j] = total == 0.f ? 0.f : factor[j] / total;
+      if (!out) continue;
+      const int64_t task = row / s.share, r = row % s.share, head = task % s.groups * s.share + r;
+      T* to = out + task / s.groups * s.out[0] + head * s.out[1];
+      for (int64_t c = 0; c < width; ++c) {
+        float sum = 0.f;
+        for (int64_t j = 0; j < parts; ++j) sum += factor[j] * sums[((task * parts + j) * s.share + r) * width + c];
+        from_float(sum, to + c);
+      }
+    }
+#pragma omp for
+    for (int64_t i = 0; i < (mass ? tasks * parts : 0); ++i) {
+      const int64_t task = i / parts, part = i % parts;
+      const int64_t begin = counts[task] * part / parts, end = counts[task] * (part + 1) / parts;
+      for (int64_t r = 0; r < s.share; ++r) {
+        const int64_t row = task * s.share + r;
+        const float factor = peaks[row * parts + part];
+        for (int64_t j = begin; j < end; ++j)
+          mass[task * s.slots + seen[task * s.slots + j]] += factor * powers[row * s.slots + j];
+      }
+    }
+  }
+}
+
+template <class T>
+void cached_attention(const CacheShape& s, const T* q, const T* k, const T* v, const int64_t* positions,
+                      const int64_t* queries, T* out, float* mass) {
+  const int64_t tasks = s.batch * s.groups, parts = cache_parts(s, tasks);
+  if (parts == 1) {
+    cached_attention_whole(s, q, k, v, positions, queries, out, mass, tasks);
+  } else {
+    cached_attention_parts(s, q, k, v, positions, queries, out, mass, tasks, parts);
   }
 }
 

@@ -36,11 +36,11 @@ COMPILED_ATTN_INLINE void row_scores(const AttentionShape& s, const T* q, const 
   }
 }
 
-// x[0 .. count) -> 2^x over their sum, times `weight`.
-COMPILED_ATTN_INLINE void row_softmax(float* x, int64_t count, float weight) {
-  float greatest = kMinusInfinity;
-  for (int64_t i = 0; i < count; ++i) greatest = x[i] > greatest ? x[i] : greatest;
-  const Vec shift = vset(greatest == kMinusInfinity ? 0.f : greatest);
+// x[0 .. count) -> 2^(x - peak), the greatest of them being `peak`; returns their sum.
+COMPILED_ATTN_INLINE float row_powers(float* x, int64_t count, float& peak) {
+  peak = kMinusInfinity;
+  for (int64_t i = 0; i < count; ++i) peak = x[i] > peak ? x[i] : peak;
+  const Vec shift = vset(peak == kMinusInfinity ? 0.f : peak);
   Vec part = vset(0.f);
   float total = 0.f;
   for (int64_t i = 0; i < count; i += kWidth) {
@@ -53,8 +53,13 @@ COMPILED_ATTN_INLINE void row_softmax(float* x, int64_t count, float weight) {
       for (int64_t j = i; j < count; ++j) total += x[j];
     }
   }
-  total += vsum(part);
-  const float factor = total == 0.f ? 0.f : weight / total;
+  return total + vsum(part);
+}
+
+// x[0 .. count) -> 2^x over their sum, times `weight`.
+COMPILED_ATTN_INLINE void row_softmax(float* x, int64_t count, float weight) {
+  float peak;
+  const float total = row_powers(x, count, peak), factor = total == 0.f ? 0.f : weight / total;
   for (int64_t i = 0; i < count; ++i) x[i] *= factor;
 }
 
