@@ -18,7 +18,7 @@ from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Program
 from compiled_attn.ir.targets import Target
 from compiled_attn.ops.templates import registry
-from compiled_attn.ops.templates.base import templates_in_package
+from compiled_attn.ops.templates.base import calls_in_package
 from compiled_attn.passes import pipelines
 from compiled_attn.passes.base import Pass, PassRecord, run_passes
 from compiled_attn.passes.cast_boundary import CastBoundary
@@ -67,7 +67,7 @@ class Settings:
 class Build:
     """A Program after its passes, with what they said.
 
-    seconds: stage -> time spent.  templates: those that the generated code was found to hold.
+    seconds: stage -> time spent.  calls: template -> how often the generated code was found to call it.
     """
 
     program: Program
@@ -75,7 +75,12 @@ class Build:
     records: list[PassRecord]
     settings: Settings
     seconds: dict[str, float] = field(default_factory=dict)
-    templates: frozenset[str] = frozenset()
+    calls: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def templates(self) -> frozenset[str]:
+        """Those that the generated code was found to hold."""
+        return frozenset(self.calls)
 
 
 @_torch.one_at_a_time
@@ -141,7 +146,7 @@ def _hold_to_templates(build: Build, package: Path) -> None:
     """A C++ template counts as used only where the generated code holds it; a broken promise is an error."""
     names = {t.name for t in registry.TEMPLATES if t.device == "cpu"}
     promised = {note.what for note in build.notes.done if note.what in names}
-    build.templates = frozenset(templates_in_package(package))
+    build.calls = calls_in_package(package)
     absent = promised - build.templates
     if absent:
         raise LowerError(

@@ -65,7 +65,7 @@ def build_text(build: Build) -> str:
     seconds = [("time", name, f"{spent:.2f} s") for name, spent in build.seconds.items()]
     passes = [("pass", r.name, *_pass_cells(r)) for r in build.records]
     notes = [_note_cells(record) for record in ordered(build.notes)]
-    code = [("code", name, "found in the generated source") for name in sorted(build.templates)]
+    code = [("code", name, "found in the generated source", f"{n} x") for name, n in sorted(build.calls.items())]
     blocks: list[list[tuple[str, ...]]] = [[*inputs], [*passes], notes, [*code], [*seconds]]
     return "\n\n".join(aligned(block) for block in blocks if block)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -62,6 +63,20 @@ def templates_in(code: str) -> set[str]:
 
 def templates_in_package(path: str | Path) -> set[str]:
     """Names of the templates in the C++ sources of a `.pt2`."""
+    return templates_in(_sources(path))
+
+
+def calls_in_package(path: str | Path) -> dict[str, int]:
+    """Template -> how often the C++ sources of a `.pt2` call its kernels (equal ones are one, called again)."""
+    code = _sources(path)
+    kernels = re.findall(rf'{MARKER} (\w+).*?\nextern "C"[^(]*\bvoid\s+(\w+)\(', code, re.DOTALL)
+    template_of = {kernel: template for template, kernel in kernels}
+    mentions = re.findall(r"(\bvoid\s+)?\b(\w+)\(", code)
+    return dict(Counter(template_of[name] for declared, name in mentions if name in template_of and not declared))
+
+
+def _sources(path: str | Path) -> str:
+    """The C++ sources of a `.pt2`, one after the other."""
     with zipfile.ZipFile(path) as archive:
-        sources = [name for name in archive.namelist() if name.endswith(".cpp")]
-        return {t for name in sources for t in templates_in(archive.read(name).decode("utf-8", "replace"))}
+        names = [name for name in archive.namelist() if name.endswith(".cpp")]
+        return "\n".join(archive.read(name).decode("utf-8", "replace") for name in names)
