@@ -10,8 +10,14 @@ go a layer norm over channels, an activation, a product and a sum with a map of 
 once. The rest of the network stays in the layout that Inductor gives it, which on a CPU is channels last wherever it
 holds a convolution; copies that made the map dense for the convolution go, views of the result become reshapes.
 
+A convolution of a single row (conv1d) is one of a map of that row; zeros that were padded at one end, or a result cut
+to its source's size, make a causal one. One that makes several results of a channel reads the map with its channels
+repeated.
+
 Never touches a convolution whose weight is computed, nor, on a CPU, one that oneDNN was measured to serve better. On a
-GPU nothing was measured yet: every chain that the Triton template accepts goes to it.
+GPU nothing was measured yet: every chain that the Triton template accepts goes to it. A pool that averages what lies
+inside its border stays: Inductor makes one pass of it and the pointwise work around it, where the op would have to read
+a map of counts besides.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Edit, Program
 from compiled_attn.ops.depthwise import depthwise_block
 from compiled_attn.ops.templates import registry
-from compiled_attn.passes.match.depthwise import Form, Forms
+from compiled_attn.passes.match.depthwise import CONVOLUTIONS, Form, Forms
 from compiled_attn.passes.strides import follow_strides, reads_strides
 
 if TYPE_CHECKING:
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 RULE = "depthwise_block"
-TO_LAST = [0, 2, 3, 1]
+TO_LAST = ([0, 2, 1], [0, 2, 3, 1])
 # Where oneDNN was measured ahead (Zen 5, AVX-512, one core, bench/depthwise_ops.py): kernels of few places on maps that
 # leave the second-level cache, input and result of one picture together. Elsewhere the template was 1.05 to 6 times
 # as fast. What saves a pass over the map (norm, gate, residual, merged branches) outweighs that.
@@ -69,6 +75,7 @@ class Block:
         parts = [f"{rows}x{columns}" + (f" dilated {dilation[0]}x{dilation[1]}" if max(dilation) > 1 else "")]
         count = len(self.form.convolutions)
         parts += [f"of {count} convolutions"] if count > 1 else []
+        parts += [f"{self.form.repeats} results of every channel"] if self.form.repeats > 1 else []
         parts += ["layer norm"] if self.norm else []
         parts += [self.activation] if self.activation != "none" else []
         parts += [name for name, node in (("gate", self.gate), ("residual", self.residual)) if node is not None]
@@ -79,7 +86,7 @@ def grow(root: fx.Node, form: Form, taken: set[fx.Node]) -> Block:
     """The root with as much of what follows it as the op computes; sums and products are noted in `taken`."""
     block = Block(root, form, root)
     user = _only_user(block.last)
-    if user is not None and user.target is aten.permute.default and user.args[1] == TO_LAST:
+    if user is not None and _to_last(user):
         norm = _only_user(user)
         found = _norm_over_channels(norm, user) if norm is not None else None
         if found is not None and norm is not None:
@@ -110,6 +117,14 @@ def activation_of(node: fx.Node) -> str | None:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _to_last(user: fx.Node) -> bool:
+    """Whether it brings the channels of a map to the end."""
+    args: Any = user.args
+    if user.target is aten.transpose.int:
+        return args[0].meta["val"].dim() == 3 and {d % 3 for d in args[1:]} == {1, 2}
+    return user.target is aten.permute.default and args[1] in TO_LAST
 
 
 def _norm_over_channels(norm: fx.Node, x: fx.Node) -> tuple[fx.Node | None, fx.Node | None, float] | None:
@@ -152,7 +167,6 @@ def write(edit: Edit, program: Program, block: Block) -> tuple[fx.Node, bool]:
     bias = None
     if form.bias is not None:
         bias = edit.constant(f"{name}.shift", form.bias.to(dtype).contiguous(), made_from=made_from)
-    nodes = [None if n is None else edit.node_of[n] for n in (block.gate, block.residual)]
     norm_weight, norm_bias, eps = block.norm or (None, None, None)
     norms = [None if n is None else edit.node_of[n] for n in (norm_weight, norm_bias)]
     options: dict[str, Any] = {
@@ -162,15 +176,36 @@ def write(edit: Edit, program: Program, block: Block) -> tuple[fx.Node, bool]:
         "activation": block.activation,
         "norm_eps": eps,
     }
-    old = edit.node_of[block.last]
+    old, like = edit.node_of[block.last], edit.node_of[block.root]
+    flat = form.source.meta["val"].dim() == 3
     with edit.graph.inserting_before(old):
-        args = (edit.node_of[source_of(block)], weight, bias, *nodes, *norms)
-        op = edit.call(depthwise_block.overload, args, options, like=edit.node_of[block.root])
-        new = edit.call(aten.permute.default, (op, TO_LAST), like=old) if block.in_last else op
+        x, gate, residual = (
+            _map(edit, None if n is None else edit.node_of[n], flat, like)
+            for n in (source_of(block), block.gate, block.residual)
+        )
+        x = repeated(edit, x, form.repeats, like) if form.repeats > 1 else x
+        args = (x, weight, bias, gate, residual, *norms)
+        new = edit.call(depthwise_block.overload, args, options, like=like)
+        new = edit.call(aten.squeeze.dim, (new, 2), like=like) if flat else new
+        new = edit.call(aten.permute.default, (new, TO_LAST[0 if flat else 1]), like=old) if block.in_last else new
     moved = str(new.meta["val"].stride()) != str(old.meta["val"].stride())
     edit.node_of[block.last] = new
     edit.replace(old, new)
     return new, moved
+
+
+def _map(edit: Edit, x: fx.Node | None, flat: bool, like: fx.Node) -> Any:
+    """A map for the op: [B, C, X] as one of a single row."""
+    return edit.call(aten.unsqueeze.default, (x, 2), like=like) if flat and x is not None else x
+
+
+def repeated(edit: Edit, x: fx.Node, times: int, like: fx.Node) -> fx.Node:
+    """A map [B, C, Y, X] with every channel `times` times, side by side."""
+    shape = x.meta["val"].shape
+    sizes = [n if isinstance(n, int) else edit.call(aten.sym_size.int, (x, d), like=like) for d, n in enumerate(shape)]
+    apart = edit.call(aten.unsqueeze.default, (x, 2), like=like)
+    wide = edit.call(aten.expand.default, (apart, [-1, -1, times, -1, -1]), like=like)
+    return edit.call(aten.reshape.default, (wide, [sizes[0], shape[1] * times, *sizes[2:]]), like=like)
 
 
 @dataclass(frozen=True)
@@ -183,7 +218,7 @@ class FuseDepthwise:
     def run(self, program: Program, target: Target, notes: Notes) -> Program:
         if program.mode != "inference":
             return program
-        if not any(n.target in (aten.conv2d.default, aten.conv2d.padding, *POOLS) for n in program.graph.nodes):
+        if not any(n.target in (*CONVOLUTIONS, *POOLS) for n in program.graph.nodes):
             return program
         forms = Forms(program)
         for node, because in forms.why.items():
@@ -223,13 +258,16 @@ def refuses(block: Block, target: Target) -> str | None:
     slower = behind_onednn(block) if target.kind == "cpu" else None
     if slower is not None:
         return slower
-    weight = x.new_empty((*block.form.geometry()[0], x.shape[1]))
+    weight = x.new_empty((*block.form.geometry()[0], x.shape[1] * block.form.repeats))
+    x = x.unsqueeze(2) if x.dim() == 3 else x
     template, misses = registry.choose(RULE, (x, weight), {}, target)
     return None if template is not None else "; ".join(because for _, because in misses)
 
 
 def behind_onednn(block: Block) -> str | None:
     """Whether the block is of the kind that oneDNN serves better: the sentence, or None."""
+    if block.form.repeats > 1 or block.form.source.meta["val"].dim() == 3:
+        return None
     saves = block.norm or block.gate is not None or block.residual is not None or len(block.form.nodes) > 1
     (rows, columns), _, dilation = block.form.geometry()
     values = [block.form.source.meta["val"], block.root.meta["val"]]

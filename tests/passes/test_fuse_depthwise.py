@@ -110,6 +110,32 @@ class Tokens(nn.Module):
         return y, y.view(*y.shape[:2], -1).transpose(1, 2) + tokens, y.permute(0, 2, 3, 1).contiguous()
 
 
+class Causal(nn.Module):
+    """Sequences: a convolution whose result is cut, and one that has zeros put ahead, with the norm of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut, self.ahead = (nn.Conv1d(C, C, k, groups=C, padding=p) for k, p in ((4, 3), (3, 0)))
+        self.norm = nn.LayerNorm(C)
+
+    def forward(self, x):
+        line = x.flatten(2)
+        a = F.silu(self.cut(line)[..., : line.shape[2]])
+        return self.norm(self.ahead(F.pad(a, (2, 0))).transpose(1, 2)), a
+
+
+class Several(nn.Module):
+    """Two results of every channel, of a map that has zeros put behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(C, 2 * C, 3, stride=2, groups=C, bias=False), nn.BatchNorm2d(2 * C)
+        self.norm.running_mean.normal_()
+
+    def forward(self, x):
+        return F.gelu(self.norm(self.conv(F.pad(x, (0, 1, 0, 1)))))
+
+
 MODELS = {
     ConvNext: ["7x7, layer norm"],
     LayerNorm2d: ["5x3, layer norm"],
@@ -117,6 +143,8 @@ MODELS = {
     Branches: ["3x3, of 2 convolutions, gelu"],
     LargeKernelAttention: ["5x5", "7x7 dilated 3x3, gate, residual"],
     Tokens: ["3x3, silu"],
+    Causal: ["1x7, silu", "1x5, layer norm"],
+    Several: ["4x4, 2 results of every channel, gelu"],
 }
 models = pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 
@@ -143,7 +171,8 @@ def test_a_chain_becomes_one_op_with_the_same_numbers(model):
     fused, notes = run(program)
     verify(fused, program, after="fuse-depthwise")
     assert [n.what for n in notes.done] == MODELS[model]
-    assert not [n for n in fused.graph.nodes if n.target is aten.conv2d.default]
+    assert not [n for n in fused.graph.nodes if n.target in (aten.conv2d.default, aten.conv1d.default)]
+    assert not [n for n in fused.graph.nodes if n.target in (aten.pad.default, aten.constant_pad_nd.default)]
     for size in ((2, 9, 10), (3, 12, 10)):
         x = torch.randn(size[0], C, *size[1:])
         for found, wanted in zip(flat(fused(x)), flat(program(x)), strict=True):
@@ -180,7 +209,7 @@ class Wrong(nn.Module):
     def forward(self, x):
         if self.how == "computed weight":
             return F.conv2d(x, self.conv.weight * x.mean(), groups=C, padding=1)
-        y = self.conv(x)
+        y = self.conv(F.pad(x, (4, 0, 4, 0)) if self.how == "zeros at a corner" else x)
         if self.how == "norm over columns too":
             return self.norm(y.permute(0, 2, 3, 1))
         if self.how == "norm over rows":
@@ -196,7 +225,8 @@ class Wrong(nn.Module):
     ("how", "fused", "because"),
     [
         ("computed weight", [], "its weight or bias is computed (mul)"),
-        ("multiplier", [], "it makes 2 results of every channel"),
+        ("multiplier", ["3x3, 2 results of every channel"], None),
+        ("zeros at a corner", ["3x3"], None),
         ("groups", [], None),
         ("norm over columns too", ["3x3"], None),
         ("norm over rows", ["3x3"], None),

@@ -1,8 +1,10 @@
 """Linear maps that act on every channel by itself, found by what the values are: convolutions, norms, scales and sums.
 
     batch_norm(conv(x, w3) + conv(x, w1) + x)     is     one depthwise convolution of x, with one kernel and one bias
+    conv1d(pad(x, [3, 0]), w)                     is     one of a single row, whose kernel has zeros behind the middle
 
-`Form` is such a map of one source; `Forms` finds it for the nodes of a graph, in double precision.
+`Form` is such a map of one source; `Forms` finds it for the nodes of a graph, in double precision. A source is
+[B, C, X] or [B, C, Y, X]; what is said of rows holds of the one row of the former.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from compiled_attn.ir import _torch
 from compiled_attn.ir.program import Program
 from compiled_attn.passes.fold_batch_norm import batch_norm_parts
 from compiled_attn.passes.fold_constants import constant_placeholders
@@ -22,9 +25,12 @@ from compiled_attn.passes.fold_constants import constant_placeholders
 aten = torch.ops.aten
 Offset = tuple[int, int]
 Tensor = torch.Tensor
+CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
+PADS = (aten.constant_pad_nd.default, aten.pad.default)
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
 EXACT = (torch.float32, torch.float64)  # elements whose sums of kernels keep the numbers
 DENSER = 1.5  # a kernel of sums may have this many times the places of its parts
+EMPTIER = 2.0  # and one padded at one end, which saves a copy of the map
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Form:
 
     taps: offset -> [C] in float64.  short: by how much the result is shorter than the source's size over the stride:
     2 * padding - dilation * (kernel - 1), the same for all parts.  places: of the kernels that were summed.
+    repeats: results of every channel of the source; those of one channel stand side by side.
     """
 
     source: fx.Node
@@ -44,6 +51,7 @@ class Form:
     nodes: frozenset[fx.Node]
     made_from: tuple[str, ...]
     places: int
+    repeats: int = 1
 
     def scaled(self, scale: Tensor, shift: Tensor | None, node: fx.Node, names: tuple[str, ...]) -> Form:
         """scale * self + shift, which `node` computes."""
@@ -54,7 +62,8 @@ class Form:
 
     def plus(self, other: Form, node: fx.Node) -> Form | None:
         """The sum with another map of the same source; None where there is no such kernel or a needlessly big one."""
-        if self.source is not other.source or (self.stride, self.short) != (other.stride, other.short):
+        alike = (self.stride, self.short, self.repeats) == (other.stride, other.short, other.repeats)
+        if self.source is not other.source or not alike:
             return None
         taps = dict(self.taps)
         for at, tap in other.taps.items():
@@ -70,6 +79,7 @@ class Form:
             self.nodes | other.nodes | {node},
             (*self.made_from, *other.made_from),
             self.places + other.places,
+            self.repeats,
         )
         kernel, _, _ = total.geometry()
         return total if kernel[0] * kernel[1] <= DENSER * total.places else None
@@ -123,8 +133,10 @@ class Forms:
         return found[::-1]
 
     def _form(self, node: fx.Node) -> Form | None:
-        if node.target in (aten.conv2d.default, aten.conv2d.padding):
+        if node.target in CONVOLUTIONS:
             return self._convolution(node)
+        if node.target is aten.slice.Tensor:
+            return self._cut(node)
         if node.target in (aten.batch_norm.default, operator.getitem):
             return self._norm(node)
         if node.target is aten.mul.Tensor:
@@ -132,36 +144,51 @@ class Forms:
         return self._sum(node) if node.target in SUMS else None
 
     def _convolution(self, node: fx.Node) -> Form | None:
-        given: Any = (*node.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(node.args) - 2 :])
+        given: Any = (*node.args, *(None, [1], [0], [1], 1)[len(node.args) - 2 :])
         x, weight, bias, stride, padding, dilation, groups = given
         shape = weight.meta["val"].shape
-        if groups == 1 or shape[1] != 1:
-            return None
-        if shape[0] != groups:
-            self.why[node] = f"it makes {shape[0] // groups} results of every channel"
+        if groups == 1 or shape[1] != 1 or len(shape) != _rank(x):
             return None
         computed = next((n for n in (weight, bias) if n is not None and n.name not in self.tensors), None)
         if computed is not None:
             self.why[node] = f"its weight or bias is computed ({computed.name})"
             return None
-        stride, dilation = _pair(stride), _pair(dilation)
-        reach = (dilation[0] * (int(shape[2]) - 1), dilation[1] * (int(shape[3]) - 1))
+        flat = len(shape) == 3
+        kernel = (1 if flat else int(shape[2]), int(shape[-1]))
+        stride, dilation = _pair(stride, 1 if flat else None), _pair(dilation, 1 if flat else None)
+        reach = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
         if isinstance(padding, str):
             if padding == "same" and any(r % 2 for r in reach):
                 self.why[node] = f"its padding is 'same' for a kernel that reaches over {reach}, more at one side"
                 return None
             padding = [r // 2 if padding == "same" else 0 for r in reach]
-        padding = _pair(padding)
-        value = self.tensors[weight.name].double()
+        padding = _pair(padding, 0 if flat else None)
+        value = self.tensors[weight.name].double().reshape(int(shape[0]), *kernel)
         taps = {
-            (i * dilation[0] - padding[0], j * dilation[1] - padding[1]): value[:, 0, i, j]
-            for i in range(int(shape[2]))
-            for j in range(int(shape[3]))
+            (i * dilation[0] - padding[0], j * dilation[1] - padding[1]): value[:, i, j]
+            for i in range(kernel[0])
+            for j in range(kernel[1])
         }
         short = (2 * padding[0] - reach[0], 2 * padding[1] - reach[1])
         shift = None if bias is None else self.tensors[bias.name].double()
         names = tuple(self.names[n.name] for n in (weight, bias) if n is not None)
-        return Form(x, taps, shift, stride, short, (node,), frozenset((node,)), names, len(taps))
+        repeats = int(shape[0]) // int(groups)
+        nodes = frozenset((node,))
+        return _before_zeros(Form(x, taps, shift, stride, short, (node,), nodes, names, len(taps), repeats))
+
+    def _cut(self, node: fx.Node) -> Form | None:
+        """A map cut to the size of its source: the rest of a convolution that pads as much behind as ahead."""
+        given: Any = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        x, dim, start, _, step = given
+        form = self.of.get(x) if isinstance(x, fx.Node) and len(x.users) == 1 else None
+        if form is None or step != 1 or start not in (0, None):
+            return None
+        axis = dim % _rank(x) - _rank(x) + 2
+        sizes = [n.meta["val"].shape[dim] for n in (node, form.source)]
+        if axis < 0 or form.stride[axis] != 1 or not _torch.statically_true(sizes[0] == sizes[1]):
+            return None
+        short = (0, form.short[1]) if axis == 0 else (form.short[0], 0)
+        return _lean(replace(form, short=short, nodes=form.nodes | {node}))
 
     def _norm(self, node: fx.Node) -> Form | None:
         norm: Any = node
@@ -224,10 +251,10 @@ class Forms:
         if isinstance(other, (int, float)):
             return torch.full((channels,), float(other), dtype=torch.float64)
         value = self.tensors.get(other.name) if isinstance(other, fx.Node) else None
-        if value is None or value.dim() > 4 or value.numel() not in (1, channels):
+        if value is None or value.dim() > _rank(x) or value.numel() not in (1, channels):
             return None
-        shape = (1,) * (4 - value.dim()) + tuple(value.shape)
-        if shape[0] != 1 or shape[2:] != (1, 1):
+        shape = (1,) * (_rank(x) - value.dim()) + tuple(value.shape)
+        if math.prod((shape[0], *shape[2:])) != 1:
             return None
         return value.double().reshape(-1).expand(channels)
 
@@ -241,7 +268,30 @@ def _identity(x: fx.Node) -> Form | None:
 
 def _is_map(x: fx.Node) -> bool:
     value = x.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() == 4 and isinstance(value.shape[1], int)
+    return isinstance(value, Tensor) and value.dim() in (3, 4) and isinstance(value.shape[1], int)
+
+
+def _before_zeros(form: Form) -> Form:
+    """The same of what its source was before zeros were put around it, unless that asks for too big a kernel."""
+    given: Any = form.source.args
+    if form.source.target not in PADS or not set(given[2:]) <= {"constant", None, 0}:
+        return form
+    left, right, top, bottom = (*given[1], 0, 0)[:4]
+    if len(given[1]) > 2 * (_rank(given[0]) - 2) or not all(isinstance(n, int) and n >= 0 for n in given[1]):
+        return form
+    taps = {(i - top, j - left): tap for (i, j), tap in form.taps.items()}
+    short = (form.short[0] + top + bottom, form.short[1] + left + right)
+    return _lean(replace(form, source=given[0], taps=taps, short=short)) or form
+
+
+def _lean(form: Form) -> Form | None:
+    """The form, if zeros do not make its kernel more than about twice as big as it has to be."""
+    kernel, _, _ = form.geometry()
+    return form if kernel[0] * kernel[1] <= EMPTIER * form.places else None
+
+
+def _rank(x: fx.Node) -> int:
+    return int(x.meta["val"].dim())
 
 
 def _exact(x: fx.Node) -> bool:
@@ -254,6 +304,7 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     return len(shapes[0]) == len(shapes[1]) and all(str(m) == str(n) for m, n in zip(*shapes, strict=True))
 
 
-def _pair(value: Any) -> Offset:
+def _pair(value: Any, row: int | None) -> Offset:
+    """Numbers for rows and columns; `row` is what holds of the one row of [B, C, X], None where there are more."""
     numbers = [int(n) for n in (value if isinstance(value, (list, tuple)) else [value])]
-    return (numbers[0], numbers[-1])
+    return (numbers[0] if row is None else row, numbers[-1])
