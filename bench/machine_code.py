@@ -37,6 +37,7 @@ from compiled_attn.ops.kernels import (
     cached_attention,
     class_row,
     depthwise,
+    depthwise_gradient,
     local_attention,
     neighborhood,
     ragged_attention,
@@ -47,6 +48,7 @@ from compiled_attn.ops.templates import (
     triton_cached_attention,
     triton_class_row,
     triton_depthwise,
+    triton_depthwise_gradient,
     triton_local_attention,
     triton_neighborhood,
     triton_ragged_attention,
@@ -59,6 +61,7 @@ SOURCES = (
     "cached_attention.py",
     "class_row.py",
     "depthwise.py",
+    "depthwise_gradient.py",
     "local_attention.py",
     "neighborhood.py",
     "ragged_attention.py",
@@ -85,7 +88,7 @@ class Case:
         element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
         pointers = {"logits_ptr": "fp32", "lse_ptr": "fp32", "row_ptr": "fp32", "score_ptr": "fp32", "index_ptr": "i64"}
         pointers |= {"q_offsets_ptr": "i64", "k_offsets_ptr": "i64", "positions_ptr": "i64", "queries_ptr": "i64"}
-        pointers |= {f"{name}_ptr": "fp32" for name in ("peak", "total", "sum", "mass")}
+        pointers |= {f"{name}_ptr": "fp32" for name in ("peak", "total", "sum", "sums", "mass")}
         types = {}
         for argument in self.function.arg_names:
             if argument.endswith("_ptr"):
@@ -221,6 +224,14 @@ def cases() -> Iterator[Case]:
                     *((f"stride_{x}", 1) for x in ("xc", "gc", "rc")),
                 ),
             )
+        yield Case(
+            triton_depthwise_gradient.KERNEL,
+            triton_depthwise_gradient.case(dtype),
+            depthwise_gradient.depthwise_gradient,
+            dtype,
+            triton_depthwise_gradient.configs(),
+            (("stride_xc", 1), ("stride_gc", 1)),
+        )
     yield Case(
         triton_class_row.MEAN_KERNEL,
         triton_class_row.MEAN_CASE,

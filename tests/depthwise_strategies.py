@@ -70,6 +70,20 @@ class DepthwiseSpec:
         """The op's positional arguments in `dtype`."""
         return tuple(None if t is None else t.to(dtype) for t in replace(self, dtype=dtype).tensors())
 
+    @property
+    def gradient_options(self) -> dict[str, Any]:
+        """The keyword arguments of depthwise_weight_gradient."""
+        return {name: list(getattr(self, name)) for name in ("kernel", "stride", "padding", "dilation")}
+
+    def gradient_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, and the gradient of the result."""
+        random = torch.Generator().manual_seed(self.seed)
+        return self._map(self.size, random), self._map(self.out, random)
+
+    def make_gradient(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """The positional arguments of depthwise_weight_gradient in `dtype`."""
+        return tuple(t.to(dtype) for t in replace(self, dtype=dtype).gradient_tensors())
+
     def _map(self, size: tuple[int, int], random: torch.Generator) -> torch.Tensor:
         """[B, C, *size] laid out, NaN around it."""
         shape = (self.batch, self.channels, *size)
@@ -91,6 +105,13 @@ CASES = {
     "gate and residual": DepthwiseSpec(gate=True, residual=True, activation="gelu", layout="channels first"),
     "layer norm": DepthwiseSpec(kernel=(5, 5), padding=(2, 2), norm="affine", activation="silu", layout="gapped"),
     "layer norm alone, without padding": DepthwiseSpec(kernel=(1, 3), padding=(0, 0), norm="plain", residual=True),
+    "padded beyond its reach": DepthwiseSpec(size=(4, 5), kernel=(3, 1), padding=(3, 1), gate=True),
+}
+GRADIENT_CASES = {
+    "plain": DepthwiseSpec(),
+    "strided and dilated": CASES["strided and dilated, without a bias"],
+    "one row, channels first": DepthwiseSpec(size=(1, 9), kernel=(1, 4), padding=(0, 3), layout="channels first"),
+    "gapped": DepthwiseSpec(kernel=(5, 5), padding=(2, 2), layout="gapped"),
 }
 
 
@@ -143,4 +164,19 @@ BAD = [
     (_bad(activation="tanh"), "there is no activation 'tanh'"),
     (_bad(stride=[0, 1]), r"stride is \[0, 1\]"),
     (_bad(padding=[1, -1]), r"padding is \[1, -1\]"),
+]
+
+
+def _bad_gradient(**changed: Any) -> dict[str, Any]:
+    spec = DepthwiseSpec()
+    return {**dict(zip(("x", "grad"), spec.gradient_tensors(), strict=True)), **spec.gradient_options, **changed}
+
+
+BAD_GRADIENT = [
+    (_bad_gradient(x=torch.zeros(5, 7, 6)), "x has 3 dimensions"),
+    (_bad_gradient(grad=torch.zeros(2, 4, 7, 6)), "x and grad disagree on the number of channels"),
+    (_bad_gradient(grad=torch.zeros(3, 5, 7, 6)), "x and grad disagree on the batch size"),
+    (_bad_gradient(grad=torch.zeros(2, 5, 7, 5)), "grad is not of the result's size"),
+    (_bad_gradient(grad=torch.zeros(2, 5, 7, 6).half()), "grad holds torch.float16"),
+    (_bad_gradient(stride=[0, 1]), r"stride is \[0, 1\]"),
 ]

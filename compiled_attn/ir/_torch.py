@@ -573,6 +573,13 @@ def inductor_channels_last(value: Any) -> Any:
     return permute(laid_out if isinstance(laid_out, ir.TensorBox) else ir.TensorBox.create(laid_out), [0, 2, 3, 1])
 
 
+def inductor_contiguous(value: Any) -> Any:
+    """Inside a lowering: a value whose memory is dense and in order, copied where it is not."""
+    from torch._inductor import ir
+
+    return ir.ExternKernel.require_contiguous(value)
+
+
 @contextmanager
 def without_guards(shape_env: Any) -> Iterator[None]:
     """Shapes asked for in the block leave no guard and fix no symbol (bicubic upsampling's shape rule does both)."""

@@ -5,6 +5,7 @@ from compiled_attn.ops.attention import attention, attention_with_class_row
 from compiled_attn.ops.cache import cache_append, cache_evict, cached_attention
 from compiled_attn.ops.decay import decay_attention
 from compiled_attn.ops.depthwise import depthwise_block
+from compiled_attn.ops.depthwise_gradient import depthwise_weight_gradient
 from compiled_attn.ops.linear import packed_linear
 from compiled_attn.ops.local import local_attention
 from compiled_attn.ops.neighborhood import neighborhood_apply
@@ -21,6 +22,7 @@ __all__ = [
     "cached_attention",
     "decay_attention",
     "depthwise_block",
+    "depthwise_weight_gradient",
     "local_attention",
     "neighborhood_apply",
     "pack_tokens",

@@ -6,6 +6,9 @@
 `layer_norm` is over the channels of a pixel, with `norm_weight` and `norm_bias`, where `norm_eps` is given; every other
 part may be left out too. A batch norm or a layer scale next to the convolution is folded into weight and bias ahead.
 
+Gradients: the sums c are made again, not kept, and what follows them is ATen's by its vjp. The weight's is the op
+depthwise_weight_gradient; the input's, at stride 1, is this op with the kernel turned around, else ATen's.
+
 Letters: B batch, C channels, Y X positions, I J the kernel's rows and columns. Memory is channels last: the weight lies
 as [I, J, C], the result has the strides of a contiguous [B, Y, X, C].
 """
@@ -148,12 +151,60 @@ def depthwise_decomposition(
     """The convolution of ATen, and pointwise work that Inductor fuses."""
     kernel = weight.permute(2, 0, 1).unsqueeze(1)
     y = F.conv2d(x, kernel, bias, list(stride), list(padding), list(dilation), weight.shape[2])
+    return _channels_last(finished(y, gate, residual, norm_weight, norm_bias, activation=activation, norm_eps=norm_eps))
+
+
+def finished(
+    sums: Tensor,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    activation: str = "none",
+    norm_eps: float | None = None,
+) -> Tensor:
+    """What follows the convolution, on its result [B, C, Y, X], in ATen."""
+    y = sums
     if norm_eps is not None:
-        last = F.layer_norm(y.permute(0, 2, 3, 1), [weight.shape[2]], norm_weight, norm_bias, norm_eps)
+        last = F.layer_norm(y.permute(0, 2, 3, 1), [y.shape[1]], norm_weight, norm_bias, norm_eps)
         y = last.permute(0, 3, 1, 2)
     y = activated(y, activation)
     y = y if gate is None else y * gate
-    return _channels_last(y if residual is None else y + residual)
+    return y if residual is None else y + residual
+
+
+def depthwise_gradient(
+    args: tuple[Any, ...], kwargs: dict[str, Any], grads: tuple[Any, ...], *, ops: Any = None
+) -> tuple[Any, ...]:
+    """One gradient or None per positional argument. ops: has the two ops by name; the vocabulary's own if None."""
+    ops = torch.ops.compiled_attn if ops is None else ops
+    x, weight, bias, gate, residual, norm_weight, norm_bias = (*args, *[None] * (7 - len(args)))
+    pairs = {name: list(kwargs.get(name, [n, n])) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1))}
+    rest = {name: kwargs[name] for name in ("activation", "norm_eps") if name in kwargs}
+    (toward,) = grads
+    behind: tuple[Any, ...] = (None, toward if residual is not None else None, None, None)
+    if rest.get("activation", "none") != "none" or rest.get("norm_eps") is not None or gate is not None:
+        sums = ops.depthwise_block(x, weight, bias, **pairs)
+        toward, *behind = by_vjp(finished)((sums, gate, residual, norm_weight, norm_bias), rest, grads)  # type: ignore
+    of_weight = ops.depthwise_weight_gradient(x, toward, kernel=[int(n) for n in weight.shape[:2]], **pairs)
+    of_bias = None if bias is None else toward.sum((0, 2, 3))
+    return _input_gradient(ops, toward, x, weight, **pairs), of_weight, of_bias, *behind
+
+
+def _input_gradient(
+    ops: Any, toward: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    if max(stride) > 1:
+        kernel = weight.permute(2, 0, 1).unsqueeze(1)
+        options = (stride, padding, dilation, False, [0, 0], weight.shape[2], [True, False, False])
+        found: Any = torch.ops.aten.convolution_backward(toward, x, kernel, None, *options)
+        return found[0]
+    reach = [d * (int(k) - 1) - p for k, p, d in zip(weight.shape, padding, dilation, strict=False)]
+    rows, columns = (max(0, -n) for n in reach)
+    if rows or columns:  # more was padded than the kernel reaches over; of that the input knows nothing
+        toward = toward[:, :, rows : toward.shape[2] - rows, columns : toward.shape[3] - columns]
+    return ops.depthwise_block(toward, weight.flip(0, 1), padding=[max(0, n) for n in reach], dilation=dilation)
 
 
 # x [B, C, Y, X], weight [I, J, C], bias, norm_weight, norm_bias [C], gate and residual as the result
@@ -165,7 +216,7 @@ depthwise_block = define(
     "str activation='none', float? norm_eps=None) -> Tensor",
     reference=depthwise_reference,
     shape=depthwise_shape,
-    gradient=by_vjp(depthwise_decomposition),
+    gradient=depthwise_gradient,
     cost=depthwise_cost,
     decomposition=depthwise_decomposition,
 )
@@ -200,7 +251,13 @@ def _check(
             if name != "weight":
                 want_rank(OP, name, tensor, "C")
             want_equal(OP, "the number of channels", "x", x.shape[1], name, tensor.shape[-1])
-    _check_options(stride, padding, dilation, activation)
+    check_pairs(OP, stride, padding, dilation)
+    if activation not in ACTIVATIONS:
+        raise OpError(
+            f"{OP}: there is no activation {activation!r}",
+            facts=f"there are {', '.join(ACTIVATIONS)}",
+            do="use one of these, or compute it behind the op",
+        )
     if norm_eps is None and not (norm_weight is None and norm_bias is None):
         raise OpError(
             f"{OP}: norm_weight or norm_bias without norm_eps",
@@ -236,17 +293,12 @@ def _check(
     return sizes[0], sizes[1]
 
 
-def _check_options(stride: Pair, padding: Pair, dilation: Pair, activation: str) -> None:
+def check_pairs(op: str, stride: Pair, padding: Pair, dilation: Pair) -> None:
+    """Raises OpError where one of them is no pair of numbers that makes sense."""
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(pair) != 2 or min(pair) < least:
             raise OpError(
-                f"{OP}: {name} is {list(pair)}",
+                f"{op}: {name} is {list(pair)}",
                 facts=f"it holds two numbers, for rows and columns, each at least {least}",
                 do=f"give {name} as [{least}, {least}] or more",
             )
-    if activation not in ACTIVATIONS:
-        raise OpError(
-            f"{OP}: there is no activation {activation!r}",
-            facts=f"there are {', '.join(ACTIVATIONS)}",
-            do="use one of these, or compute it behind the op",
-        )

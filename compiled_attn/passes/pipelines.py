@@ -29,9 +29,10 @@ def default(
     from compiled_attn.passes.lower_decay import LowerDecay
     from compiled_attn.passes.pack_linear import PackLinear
     from compiled_attn.passes.raise_local_attention import RaiseLocalAttention
+    from compiled_attn.passes.train_depthwise import TrainDepthwise
 
     if mode == "train":
-        return [RaiseAttention(), *named]
+        return [RaiseAttention(), TrainDepthwise(), *named]
     passes = [*portable(named), LowerDecay()]
     if target.kind == "cpu":
         passes += [

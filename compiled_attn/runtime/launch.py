@@ -4,7 +4,8 @@
 `torch.library.triton_op`: Inductor and AOTInductor see into it and carry the kernel into generated code and packages.
 The configuration is the first that the template offers for the target. Under Triton's interpreter `attention`,
 `class_row`, `ragged_attention` and `select_tokens` run on CPU tensors. Local attention,
-neighborhoods and attention over a cache are launched by launch_local.py, launch_neighborhood.py and launch_cached.py.
+neighborhoods, attention over a cache and depthwise blocks, which have gradients too, are launched by launch_local.py,
+launch_neighborhood.py, launch_cached.py and launch_depthwise.py.
 """
 
 from collections.abc import Callable
@@ -16,16 +17,14 @@ import torch
 
 from compiled_attn.ir import targets
 from compiled_attn.ir.errors import TargetError
-from compiled_attn.ops.depthwise import depthwise_shape
 from compiled_attn.ops.templates import (
     triton_attention,
     triton_class_row,
-    triton_depthwise,
     triton_ragged_attention,
     triton_select_tokens,
 )
 from compiled_attn.ops.templates.triton_config import Config, block_of
-from compiled_attn.runtime import launch_cached, launch_local, launch_neighborhood
+from compiled_attn.runtime import launch_cached, launch_depthwise, launch_local, launch_neighborhood
 from compiled_attn.runtime.triton_run import interpreted, run
 
 
@@ -65,16 +64,19 @@ def _operators() -> dict[str, Any]:
         "attention": _attention,
         "attention_with_class_row": _attention_with_class_row,
         "cached_attention": launch_cached.operator,
-        "depthwise_block": _depthwise_block,
+        "depthwise_block": launch_depthwise.operator,
+        "depthwise_weight_gradient": launch_depthwise.gradient_operator,
         "local_attention": launch_local.operator,
         "neighborhood_apply": launch_neighborhood.operator,
         "ragged_attention": _ragged_attention,
         "select_tokens": _select_tokens,
     }
-    return {
+    found = {
         op: torch.library.triton_op(f"compiled_attn_triton::{op}", launch, mutates_args=())
         for op, launch in launches.items()
     }
+    launch_depthwise.differentiable(found["depthwise_block"], found["depthwise_weight_gradient"])
+    return found
 
 
 def _attention(
@@ -121,27 +123,6 @@ def _ragged_attention(
     return ragged_attention(q, k, v, q_offsets, k_offsets, scale=scale, causal=causal, config=config)
 
 
-def _depthwise_block(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    activation: str,
-    norm_eps: float | None,
-    target: str,
-) -> torch.Tensor:
-    config = triton_depthwise.chosen((x, weight), {"norm_eps": norm_eps}, targets.load(target))[0]
-    tensors = (x, weight, bias, gate, residual, norm_weight, norm_bias)
-    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
-    return depthwise_block(*tensors, **options, activation=activation, norm_eps=norm_eps, config=config)
-
-
 def _call_attention(
     launch: Any, target: str, q: Any, k: Any, v: Any, bias: Any = None, *, scale: float, causal: bool = False
 ) -> Any:
@@ -177,32 +158,12 @@ def _call_ragged(
     return launch(q, k, v, q_offsets, k_offsets, scale, causal, target)
 
 
-def _call_depthwise(
-    launch: Any,
-    target: str,
-    x: Any,
-    weight: Any,
-    bias: Any = None,
-    gate: Any = None,
-    residual: Any = None,
-    norm_weight: Any = None,
-    norm_bias: Any = None,
-    *,
-    stride: Any = (1, 1),
-    padding: Any = (0, 0),
-    dilation: Any = (1, 1),
-    activation: str = "none",
-    norm_eps: float | None = None,
-) -> Any:
-    pairs = (list(stride), list(padding), list(dilation))
-    return launch(x, weight, bias, gate, residual, norm_weight, norm_bias, *pairs, activation, norm_eps, target)
-
-
 _CALLS: dict[str, Callable[..., Any]] = {
     "attention": _call_attention,
     "attention_with_class_row": _call_class_row,
     "cached_attention": launch_cached.call,
-    "depthwise_block": _call_depthwise,
+    "depthwise_block": launch_depthwise.call,
+    "depthwise_weight_gradient": launch_depthwise.call_gradient,
     "local_attention": launch_local.call,
     "neighborhood_apply": launch_neighborhood.call,
     "ragged_attention": _call_ragged,
@@ -386,57 +347,3 @@ def select_tokens(
         num_stages=config.stages,
     )
     return out, index
-
-
-def depthwise_block(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    *,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    activation: str,
-    norm_eps: float | None,
-    config: Config,
-) -> torch.Tensor:
-    """x [B,C,Y,X], weight [I,J,C], the maps [B,C,Y',X'], the others [C] -> [B,C,Y',X'], memory [B,Y',X',C]."""
-    from compiled_attn.ops.kernels.depthwise import depthwise as kernel
-
-    tensors = (x, weight, bias, gate, residual, norm_weight, norm_bias)
-    pairs: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
-    out = depthwise_shape(*tensors, **pairs, activation=activation, norm_eps=norm_eps)
-    batch, channels, rows, columns = out.shape
-    run(kernel, triton_depthwise.grid(config, batch, channels, rows, columns))(
-        x,
-        weight.contiguous(),
-        *(x if t is None else t for t in (bias, gate, residual, norm_weight, norm_bias)),
-        out,
-        *x.stride(),
-        *(0, 0, 0, 0) if gate is None else gate.stride(),
-        *(0, 0, 0, 0) if residual is None else residual.stride(),
-        channels,
-        *x.shape[2:],
-        rows,
-        columns,
-        *weight.shape[:2],
-        *stride,
-        *padding,
-        *dilation,
-        0.0 if norm_eps is None else norm_eps,
-        HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None,
-        HAS_RESIDUAL=residual is not None,
-        NORM=norm_eps is not None,
-        NORM_WEIGHT=norm_weight is not None,
-        NORM_BIAS=norm_bias is not None,
-        ACTIVATION=activation,
-        **config.constants,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    return out

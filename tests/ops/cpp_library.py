@@ -18,6 +18,7 @@ import torch
 from compiled_attn.ir import machine
 from compiled_attn.ops.depthwise import ACTIVATIONS
 from compiled_attn.ops.local_geometry import Axis
+from compiled_attn.ops.templates import cpp_depthwise_gradient
 from compiled_attn.ops.templates.base import KERNELS
 from compiled_attn.ops.templates.cpp_depthwise import numbers
 from compiled_attn.ops.templates.cpp_local_attention import axis_numbers, tables
@@ -268,6 +269,17 @@ def depthwise(variant: Variant, tensors: tuple[torch.Tensor | None, ...], out: t
         ctypes.c_float(options["norm_eps"] or 0.0),
         longs(addresses),
         pointer(out),
+    )
+
+
+def depthwise_gradient(
+    variant: Variant, x: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, options: dict[str, list[int]]
+) -> None:
+    """Fills `out` [I, J, C]; the maps' channel stride is 1."""
+    pairs = [options[name] for name in ("stride", "padding", "dilation")]
+    shape = longs(cpp_depthwise_gradient.numbers(x, grad, out.shape[:2], *pairs))
+    library(variant).call_depthwise_gradient(
+        int(x.dtype == torch.bfloat16), shape, *(pointer(t) for t in (x, grad, out))
     )
 
 

@@ -6,6 +6,7 @@ from cross.child import interpret
 
 from compiled_attn.ir import targets
 from compiled_attn.ops.templates import triton_depthwise as template
+from compiled_attn.ops.templates import triton_depthwise_gradient as gradient
 
 pytest.importorskip("triton")
 
@@ -57,3 +58,21 @@ def test_the_launch_exports_as_one_operator_with_a_symbolic_batch():
         lambda x, w: block(x, w, padding=[1, 1], activation="silu"), inputs, {"inputs": (batch, None)}
     )
     assert found[0] == "compiled_attn_triton.depthwise_block.default"
+
+
+def test_the_interpreted_kernel_of_the_weights_gradient_equals_the_equation_and_the_launch_has_gradients():
+    interpret("depthwise_gradient")
+
+
+@pytest.mark.deep
+def test_the_interpreted_kernel_of_the_weights_gradient_equals_the_equation_on_many_cases():
+    interpret("depthwise_gradient", profile="deep")
+
+
+@pytest.mark.parametrize("target", ["a100", "a10", "l4", "rtx4090", "h100", "h200"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_weights_gradient_of_every_element_type_is_covered(dtype, target):
+    x, _ = tensors(96, dtype)
+    assert gradient.accepts((x, x), {"kernel": [7, 7]}, targets.load(target)) is None
+    assert gradient.accepts((x.double(), x), {"kernel": [7, 7]}, targets.load(target)).startswith("its elements are")
+    assert "sm_75" in gradient.accepts((x, x), {"kernel": [7, 7]}, targets.load("t4"))

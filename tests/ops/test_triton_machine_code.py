@@ -31,6 +31,7 @@ def test_what_is_chosen_for_heads_of_64_compiles_within_the_limits_of_every_targ
         "class_row_logits",
         "class_row_mean",
         "depthwise",
+        "depthwise_gradient",
         "local_attention",
         "neighborhood",
         "ragged_attention",

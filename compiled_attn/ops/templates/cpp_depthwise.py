@@ -62,7 +62,7 @@ def lowering(
         return None
     given = dict(zip(TENSORS, (x, weight, bias, gate, residual, norm_weight, norm_bias), strict=True))
     inputs = {
-        name: _torch.inductor_channels_last(value) if name in MAPS else value
+        name: (_torch.inductor_channels_last if name in MAPS else _torch.inductor_contiguous)(value)
         for name, value in given.items()
         if value is not None
     }

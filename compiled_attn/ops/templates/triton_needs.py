@@ -11,6 +11,7 @@ from compiled_attn.ops.templates import (
     triton_cached_attention,
     triton_class_row,
     triton_depthwise,
+    triton_depthwise_gradient,
     triton_local_attention,
     triton_neighborhood,
     triton_ragged_attention,
@@ -86,6 +87,11 @@ def _depthwise(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> li
     return [(triton_depthwise.KERNEL, case, triton_depthwise.chosen(args, kwargs, target)[0])]
 
 
+def _depthwise_gradient(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
+    case = triton_depthwise_gradient.case(args[0].dtype)
+    return [(triton_depthwise_gradient.KERNEL, case, triton_depthwise_gradient.chosen(args, kwargs, target)[0])]
+
+
 def _local(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
     q, _, v, _, relative = (*args, None, None)[:5]
     block = max(block_of(q.shape[-1]), block_of(v.shape[-1]))
@@ -104,6 +110,7 @@ _CHOSEN: dict[str, Callable[..., list[tuple[str, str, Config]]]] = {
     "attention_with_class_row": _class_row,
     "cached_attention": _cached,
     "depthwise_block": _depthwise,
+    "depthwise_weight_gradient": _depthwise_gradient,
     "local_attention": _local,
     "neighborhood_apply": _neighborhood,
     "ragged_attention": _ragged,

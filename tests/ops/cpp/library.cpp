@@ -3,6 +3,7 @@
 #include "cached_attention.h"
 #include "class_row.h"
 #include "depthwise.h"
+#include "depthwise_gradient.h"
 #include "gemm.h"
 #include "local_attention.h"
 #include "ragged_attention.h"
@@ -97,6 +98,17 @@ void call_depthwise(int bf16, int silu, int norm, const int64_t* numbers, float 
   if (!bf16 && silu) run_depthwise<float, Activation::silu>(s, norm, tensors, out);
   if (bf16 && !silu) run_depthwise<Bf16, Activation::none>(s, norm, tensors, out);
   if (bf16 && silu) run_depthwise<Bf16, Activation::silu>(s, norm, tensors, out);
+}
+
+// numbers: a DepthwiseGradientShape's.
+void call_depthwise_gradient(int bf16, const int64_t* numbers, const void* x, const void* grad, void* out) {
+  DepthwiseGradientShape s{};
+  std::memcpy(&s, numbers, sizeof(s));
+  if (bf16) {
+    depthwise_weight_gradient<Bf16>(s, (const Bf16*)x, (const Bf16*)grad, (Bf16*)out);
+  } else {
+    depthwise_weight_gradient<float>(s, (const float*)x, (const float*)grad, (float*)out);
+  }
 }
 
 // sizes: rows, inner, outer, and the strides of x's, the residual's and the output's rows. vectors: of a block.

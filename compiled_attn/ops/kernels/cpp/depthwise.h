@@ -16,18 +16,11 @@
 #include <vector>
 
 #include "activations.h"
+#include "depthwise_axis.h"
 #include "lines.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace compiled_attn_cpp {
 namespace {
-
-// One axis of the map; padding is the same on either side.
-struct DepthwiseAxis {
-  int64_t in, out, kernel, stride, padding, dilation;
-};
 
 // Strides in elements in the order batch, row, column.
 struct DepthwiseShape {
@@ -324,14 +317,6 @@ class Depthwise {
   float *ring = nullptr, *taps = nullptr, *tap = nullptr, *sums = nullptr;
   std::vector<const float*> rows;
 };
-
-inline int64_t depthwise_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 // Threads: OpenMP's. A task is a band of rows, a strip of columns and, without a norm, a vector of channels.
 template <class T, Activation A, bool Norm, int Rows>
