@@ -10,7 +10,7 @@ from laws import near
 
 from compiled_attn.ops import depthwise_block
 from compiled_attn.ops.templates.triton_config import Config, block_of
-from compiled_attn.runtime import launch
+from compiled_attn.runtime import launch_depthwise
 
 torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
 EXAMPLES = settings().max_examples // 4  # a program costs some milliseconds here
@@ -30,7 +30,7 @@ def test_the_kernel_equals_the_equation(spec, dtype, blocks):
     channels = channels if spec.norm == "none" else block_of(spec.channels)
     config = Config((("BLOCK_X", columns), ("BLOCK_C", channels)), 4, 2)
     tensors = spec.tensors()
-    found = launch.depthwise_block(*tensors, **spec.options, config=config)
+    found = launch_depthwise.depthwise_block(*tensors, **spec.options, config=config)
     wide = [None if t is None else t.double() for t in tensors]
     near(found, depthwise_block.reference(*wide, **spec.options), TOLERANCE[dtype] * gain(spec))
     assert found.permute(0, 2, 3, 1).is_contiguous()

@@ -71,7 +71,7 @@ def test_compiled_training_calls_both_templates_and_gives_eagers_gradients_at_tw
     model = Block()
     plain = copy.deepcopy(model)
     trained = compile_train(model, None, None, Settings.of("cpu", mode="train", dynamic_shapes={"x": {0: "batch"}}))
-    _, code = run_fw_bw_and_get_code(lambda: trained(torch.randn(2, C, 9, 10)))
+    _, code = run_fw_bw_and_get_code(lambda: trained(torch.randn(2, C, 9, 10, requires_grad=True)))
     assert [templates_in(text) for text in code] == [{"cpp_depthwise"}, {"cpp_depthwise", "cpp_depthwise_gradient"}]
     for batch in (2, 5):
         x = torch.randn(batch, C, 9, 10)

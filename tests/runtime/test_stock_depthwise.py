@@ -29,7 +29,7 @@ CHAINS = {
     "mobileone_s1": 21,
     "repvit_m1": 26,
     "inception_next_tiny": 54,
-    "fastvit_t8": 29,
+    "fastvit_t8": 25,
     "mambaout_tiny": 18,
     "ConvNextV2Model": 18,
     "FocalNetModel": 24,
