@@ -186,8 +186,8 @@ def depthwise_gradient(
     behind: tuple[Any, ...] = (None, toward if residual is not None else None, None, None)
     if rest.get("activation", "none") != "none" or rest.get("norm_eps") is not None or gate is not None:
         sums = ops.depthwise_block(x, weight, bias, **pairs)
-        toward, *others = by_vjp(finished)((sums, gate, residual, norm_weight, norm_bias), rest, grads)
-        behind = tuple(others)
+        found = by_vjp(finished)((sums, gate, residual, norm_weight, norm_bias), rest, grads)
+        toward, behind = found[0], found[1:]
     of_weight = ops.depthwise_weight_gradient(x, toward, kernel=[int(n) for n in weight.shape[:2]], **pairs)
     of_bias = None if bias is None else toward.sum((0, 2, 3))
     return _input_gradient(ops, toward, x, weight, **pairs), of_weight, of_bias, *behind
