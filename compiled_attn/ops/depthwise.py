@@ -179,7 +179,7 @@ def depthwise_gradient(
 ) -> tuple[Any, ...]:
     """One gradient or None per positional argument. ops: has the two ops by name; the vocabulary's own if None."""
     ops = torch.ops.compiled_attn if ops is None else ops
-    x, weight, bias, gate, residual, norm_weight, norm_bias = (*args, *[None] * (7 - len(args)))
+    x, weight, bias, gate, residual, norm_weight, norm_bias = (*args, *(None,) * 7)[:7]
     pairs = {name: list(kwargs.get(name, [n, n])) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1))}
     rest = {name: kwargs[name] for name in ("activation", "norm_eps") if name in kwargs}
     (toward,) = grads
