@@ -1,4 +1,4 @@
-"""Which attention of stock models becomes local_attention: blocks raised of blocks present, and why others do not.
+"""Which attention of stock models becomes local_attention or neighborhood_apply, which is plain, and which is missed.
 
 python -m bench.local_table            small configurations, random weights, symbolic batch
 python -m bench.local_table --full     the published sizes
@@ -20,20 +20,24 @@ from compiled_attn.ir.program import Program
 from compiled_attn.passes import pipelines
 from compiled_attn.passes.base import run_passes
 from compiled_attn.passes.raise_attention import RaiseAttention, attention_blocks
-from compiled_attn.passes.raise_local_attention import RULE, RaiseLocalAttention
+from compiled_attn.passes.raise_local_attention import RULE, RaiseLocalAttention, plain
+from compiled_attn.passes.raise_neighborhood import RULE as MIXING
+from compiled_attn.passes.raise_neighborhood import RaiseNeighborhood
+from compiled_attn.passes.split_mixed_attention import SplitMixedAttention
 from compiled_attn.runtime.capture import capture
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from local_models import LOCAL_CASES, LocalCase
 
-RULES = (RULE, RaiseAttention.name)
+RULES = (RULE, MIXING, RaiseAttention.name)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model: attentions present, raised to local_attention, left with a sentence; the rest is plain attention.
+    """One model: attentions present, raised to an op of local attention, near misses; the rest is plain attention.
 
-    error: largest difference from eager, relative to the largest output.  patterns, misses: one line for each.
+    error: largest difference from eager, relative to the largest output.  patterns, wholes, misses: what is said of
+    those that are raised, of plain ones where something is, and of near misses.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Row:
     missed: int
     error: float
     patterns: tuple[str, ...]
+    wholes: tuple[str, ...]
     misses: tuple[str, ...]
 
     @property
@@ -53,15 +58,15 @@ class Row:
         return f"{self.name:<30} {counts}   {self.error:8.1e}"
 
 
-HEADER = f"{'model':<30} {'raised':>6}    {'':<4} {'plain':>6} {'missed':>6}   error"
+HEADER = f"{'model':<30} {'local':>6}    {'':<4} {'plain':>6} {'missed':>6}   error"
 
 
 def prepared(case: LocalCase, *, full: bool = False) -> tuple[torch.nn.Module, Program, Notes]:
-    """The model, its Program with attention raised to single nodes, and what that raising noted."""
+    """The model, its Program with other attention than local raised to single nodes, and what that raising noted."""
     model = case.model(full=full)
     program = capture(model, (), case.case.example(full=full), dynamic_shapes=case.case.dynamic())
     notes = Notes()
-    passes = [p for p in pipelines.portable() if not isinstance(p, RaiseLocalAttention)]
+    passes = [SplitMixedAttention(), RaiseNeighborhood(), *pipelines.portable()]
     program, _ = run_passes(program, passes, targets.load("cpu"), notes)
     return model, program, notes
 
@@ -76,16 +81,18 @@ def local_row(
     with torch.no_grad():
         error = largest_difference(model(**inputs), raised(**inputs))
     fused, written = attention_blocks(program)
-    done = notes.of(RULE).done
+    mixed = before.of(MIXING).done
+    done = [*mixed, *notes.of(RULE).done]
     misses = [m for n in (before, notes) for m in n.misses if m.rule in RULES]
     return Row(
         case.name,
-        len(fused) + len(written),
+        len(mixed) + len(fused) + len(written),
         len(done),
-        len(notes.of(RULE).misses) + len(written),
+        sum(not plain(m.because) for m in notes.of(RULE).misses) + len(written),
         error,
-        tuple(f"{n.where}: {n.what}" for n in done),
-        tuple(f"{m.where}: {m.because}" for m in misses),
+        tuple(f"{n.where}: {n.rule}, {n.what}" for n in done),
+        tuple(f"{m.where}: {m.because}" for m in misses if plain(m.because)),
+        tuple(f"{m.where}: {m.because}" for m in misses if not plain(m.because)),
     )
 
 
@@ -96,6 +103,7 @@ def local_table(cases: Sequence[LocalCase], *, full: bool = False) -> Iterator[s
         row = local_row(case, *prepared(case, full=full), full=full, batch=2 if full else 3)
         yield str(row)
         yield from (f"    {line}" for line in counted(row.patterns))
+        yield from (f"    plain   {line}" for line in counted(row.wholes))
         yield from (f"    because {line}" for line in counted(row.misses))
 
 

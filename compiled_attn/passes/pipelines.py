@@ -11,6 +11,7 @@ from compiled_attn.passes.drop_open_masks import DropOpenMasks
 from compiled_attn.passes.fold_batch_norm import FoldBatchNorm
 from compiled_attn.passes.fold_constants import FoldConstants
 from compiled_attn.passes.raise_attention import RaiseAttention
+from compiled_attn.passes.raise_flex_attention import RaiseFlexAttention
 
 if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
@@ -29,11 +30,13 @@ def default(
     from compiled_attn.passes.lower_decay import LowerDecay
     from compiled_attn.passes.pack_linear import PackLinear
     from compiled_attn.passes.raise_local_attention import RaiseLocalAttention
+    from compiled_attn.passes.raise_neighborhood import RaiseNeighborhood
+    from compiled_attn.passes.split_mixed_attention import SplitMixedAttention
     from compiled_attn.passes.train_depthwise import TrainDepthwise
 
     if mode == "train":
         return [RaiseAttention(), TrainDepthwise(), *named]
-    passes = [*portable(named), LowerDecay()]
+    passes: list[Pass] = [SplitMixedAttention(), RaiseNeighborhood(), *portable(named), LowerDecay()]
     if target.kind == "cpu":
         passes += [
             RaiseLocalAttention(),
@@ -49,5 +52,5 @@ def default(
 
 def portable(named: Sequence[Pass] = ()) -> list[Pass]:
     """For programs that another runtime or the user reads (ONNX, taps): no kernel of ours is chosen."""
-    cleaned: list[Pass] = [Canonicalize(), FoldBatchNorm(), FoldConstants(), DropOpenMasks()]
+    cleaned: list[Pass] = [RaiseFlexAttention(), Canonicalize(), FoldBatchNorm(), FoldConstants(), DropOpenMasks()]
     return [*cleaned, RaiseAttention(), *named, Canonicalize()]

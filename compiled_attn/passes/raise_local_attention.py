@@ -30,7 +30,7 @@ from compiled_attn.passes.choose_attention import SDPA, Call, read
 from compiled_attn.passes.match.positions import Numbering, moved, moves
 from compiled_attn.passes.match.rebuild import Builder, End, end_of, head_values
 from compiled_attn.passes.match.table import Added, AxisLogits, added_by, axis_logits, bias_table
-from compiled_attn.passes.match.tokens import Origin, Tokens, origin_of, tokens_of
+from compiled_attn.passes.match.tokens import OVER_CHANNELS, Origin, Tokens, origin_of, tokens_of
 from compiled_attn.passes.match.windows import Groups, Pattern, grids, patterns
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 RULE = "local_attention"
+OVER_MAP = "every query sees the whole map"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def chosen(
             return None
         size = " x ".join(str(n) for n in factors.q.spatial)
         kept = "" if call.mask is None else ", which keeps its bias"
-        return f"every query sees the whole map of {size}: plain attention{kept}"
+        return f"{OVER_MAP} of {size}: plain attention{kept}"
     reason = ""
     for queries, keys in _maps(factors):
         for pattern in patterns(groups, queries, keys):
@@ -276,6 +277,11 @@ def _repeated(builder: Builder, x: fx.Node, shared: torch.Tensor) -> fx.Node:
         return x
     index = builder.edit.constant(f"{builder.like.name}_heads", shared)
     return builder.call(aten.index_select.default, x, x.meta["val"].dim() - 2, index)
+
+
+def plain(because: str) -> bool:
+    """Whether a sentence says that an attention is over everything, and so no near miss of a local one."""
+    return OVER_MAP in because or OVER_CHANNELS in because
 
 
 def said(found: Found) -> str:

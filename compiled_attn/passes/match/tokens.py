@@ -34,6 +34,7 @@ POINTWISE = {
     aten.sqrt.default,
     aten.sub.Tensor,
 }
+OVER_CHANNELS = "it attends over channels"
 REDUCTIONS = {aten.linalg_vector_norm.default: 2, aten.mean.dim: 1, aten.sum.dim_IntList: 1}  # where `dim` stands
 
 
@@ -186,7 +187,7 @@ def tokens_of(origin: Origin, like: Tokens | None = None) -> Tokens | str:
     if isinstance(kinds, str):
         return f"{origin.split.name} {kinds}"
     if kinds[-1] == "spatial" and (origin.linear or origin.root).target is aten.linear.default:
-        return f"{origin.split.name} holds a channel for each token: it attends over channels"
+        return f"{origin.split.name} holds a channel for each token: {OVER_CHANNELS}"
     place, channel, batch = (torch.zeros_like(element) for _ in range(3))
     for dim, kind in enumerate(kinds):
         at = element // math.prod(sizes[dim + 1 :]) % sizes[dim]

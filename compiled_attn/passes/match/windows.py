@@ -132,11 +132,11 @@ def _key_rectangles(spot: torch.Tensor, sizes: Sizes) -> Iterator[tuple[Sizes, S
             tried.add((lengths, steps))
             yield lengths, steps, g
     if not tried:
-        for lengths in _factors(spot.shape[1], len(sizes)):
-            yield lengths, _steps(spot, at, lengths), 0
+        for lengths in factors(spot.shape[1], len(sizes)):
+            yield lengths, ordered_steps(spot, at, lengths), 0
 
 
-def _steps(spot: torch.Tensor, at: list[torch.Tensor], lengths: Sizes) -> Sizes:
+def ordered_steps(spot: torch.Tensor, at: list[torch.Tensor], lengths: Sizes) -> Sizes:
     """How far neighbors lie apart along each axis, if keys come in the order of the rectangle."""
     steps = []
     for i, n in enumerate(lengths):
@@ -148,13 +148,13 @@ def _steps(spot: torch.Tensor, at: list[torch.Tensor], lengths: Sizes) -> Sizes:
     return tuple(steps)
 
 
-def _factors(total: int, rank: int) -> Iterator[Sizes]:
+def factors(total: int, rank: int) -> Iterator[Sizes]:
     """Ways to write a number as a product of `rank` factors, nearly equal ones first."""
     if rank == 1:
         yield (total,)
         return
     for n in sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n**rank - total)):
-        for rest in _factors(total // n, rank - 1):
+        for rest in factors(total // n, rank - 1):
             yield (n, *rest)
 
 
