@@ -22,6 +22,7 @@ from compiled_attn.ir.program import Program
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default)
+REPEATS = (aten.expand.default, aten.unsqueeze.default, aten.repeat_interleave.self_int)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -83,11 +84,13 @@ def cached_layer(program: Program, graph: fx.Graph, node: fx.Node) -> CachedLaye
 
 
 def _unrepeated(value: Any) -> fx.Node:
-    """The keys or values [B, G, S, D] behind a repetition for every query head: unsqueeze, expand, copy, view."""
+    """The keys or values [B, G, S, D] behind a repetition for every query head: unsqueeze, expand, copy, view; or by
+    repeat_interleave.
+    """
     node: fx.Node = value
-    chain = []
-    while isinstance(node, fx.Node) and node.target in (*COPIES, *VIEWS, aten.expand.default, aten.unsqueeze.default):
-        chain.append(node.target)
+    while isinstance(node, fx.Node) and node.target in (*COPIES, *VIEWS, *REPEATS):
+        if node.target is aten.repeat_interleave.self_int and node.args[2:] != (1,):
+            raise Unlike(f"{node.name} repeats its keys otherwise than head by head")
         if node.target is aten.unsqueeze.default and node.args[1] != 2:
             raise Unlike(f"{node.name} repeats its keys otherwise than head by head")
         if node.target is aten.expand.default:

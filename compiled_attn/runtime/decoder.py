@@ -1,13 +1,14 @@
-"""A stock decoder of transformers as a step whose caches are arguments: what `EvictKV` and generation start from.
+"""A decoder as a step whose caches are arguments: what `EvictKV` and generation start from.
 
     logits = Step(model, capacity)(tokens [B, T], positions [B, T], state)     state: {"keys", "values", "seen"}
 
 Caches are full static ones, [B, G, capacity, D] a layer, and the step writes into them: no module keeps a conversation.
+Decoders of transformers are taken as they are; others, the zoo's among them, are `Cached`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,22 @@ from compiled_attn.ir.program import Program
 from compiled_attn.runtime.capture import capture
 
 State = dict[str, Any]
+
+
+@runtime_checkable
+class Cached(Protocol):
+    """A decoder of one's own, over caches that are given to it."""
+
+    def cache_shapes(self) -> list[tuple[int, int, int]]:
+        """Key heads, key width and value width of every layer."""
+
+    def cached(
+        self, tokens: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor], seen: Tensor, last: bool
+    ) -> Tensor:
+        """Logits [B, T, vocabulary] of tokens [B, T] at positions [B, T], or those of the last alone, [B, 1, ...].
+
+        keys and values: [B, G, capacity, D] a layer, whose slots from `seen` [] on it writes.
+        """
 
 
 class Step(nn.Module):
@@ -34,16 +51,19 @@ class Step(nn.Module):
         self.shapes = cache_shapes(model)
 
     def forward(self, tokens: Tensor, positions: Tensor, state: State) -> Tensor:
-        cache = self._cache(state)
-        out = self.model(
-            input_ids=tokens,
-            position_ids=positions.clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1 if self.last else 0,
-        )
+        places = positions.clamp(min=0)
+        if isinstance(self.model, Cached):
+            logits = self.model.cached(tokens, places, state["keys"], state["values"], state["seen"], self.last)
+        else:
+            logits = self.model(
+                input_ids=tokens,
+                position_ids=places,
+                past_key_values=self._cache(state),
+                use_cache=True,
+                logits_to_keep=1 if self.last else 0,
+            ).logits
         state["seen"].add_(tokens.shape[1])
-        return out.logits
+        return logits
 
     @property
     def device(self) -> torch.device:
@@ -80,13 +100,15 @@ class Step(nn.Module):
 
 
 def cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
-    """Key heads, key width and value width of every layer, from transformers' configuration."""
+    """Key heads, key width and value width of every layer, by the decoder itself or transformers' configuration."""
+    if isinstance(model, Cached):
+        return model.cache_shapes()
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "num_hidden_layers"):
         raise CaptureError(
             f"{type(model).__name__} is no decoder of transformers",
             facts="its caches are built from config.num_hidden_layers and its heads, and there is no such config",
-            do="capture a step of your own whose caches are arguments, and give it to EvictKV",
+            do="give it cache_shapes() and cached(...), as runtime.decoder.Cached says",
         )
     config = config.get_text_config(decoder=True)
     heads = config.num_attention_heads

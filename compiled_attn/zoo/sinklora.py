@@ -129,6 +129,29 @@ class SinkLoRA(nn.Module):
             x = layer.add(x, out)
         return self.lm_head(self.model.norm(x)), behind
 
+    def cache_shapes(self) -> list[tuple[int, int, int]]:
+        """Key heads, key width and value width of every layer."""
+        shared = [layer.self_attn for layer in self.model.layers]
+        return [(attention.groups, attention.size, attention.size) for attention in shared]
+
+    def cached(
+        self, tokens: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor], seen: Tensor, last: bool
+    ) -> Tensor:
+        """Logits of tokens [B, T] at positions [B, T], or of the last alone, over full attention to full caches.
+
+        keys and values: [B, G, capacity, D] a layer, whose slots from `seen` [] on are written; as the compiler's
+        eviction takes a decoder.
+        """
+        x, index = self.model.embed_tokens(tokens), torch.arange(tokens.shape[1], device=tokens.device) + seen
+        earlier = torch.arange(keys[0].shape[2], device=tokens.device) <= index[:, None]  # [T, capacity]
+        for layer, k_cache, v_cache in zip(self.model.layers, keys, values, strict=True):
+            attention = layer.self_attn
+            q, k, v = attention.heads_of(layer.input_layernorm(x))
+            q, k = attention.rotate(q, positions[:, None]), attention.rotate(k, positions[:, None])
+            shared = [attention.shared(c.index_copy_(2, index, new)) for c, new in ((k_cache, k), (v_cache, v))]
+            x = layer.add(x, attention.join(F.scaled_dot_product_attention(q, *shared, attn_mask=earlier)))
+        return self.lm_head(self.model.norm(x[:, -1:] if last else x))
+
     def extend_masked(
         self, tokens: Tensor, caches: list[Cache], masks: list[Tensor | None], policy: MaskedHeavyHitters, prompt: int
     ) -> tuple[Tensor, list[Cache], list[Tensor]]:

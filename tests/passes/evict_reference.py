@@ -6,6 +6,7 @@ positions that are still there, and hides the rest. The rules are loops over hea
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,8 +100,22 @@ def key_norm(budget: int) -> Rule:
     return rule
 
 
+def told(kept: Callable[[], list[list[list[int]]]]) -> Rule:
+    """Keeps the positions that `kept` names, text by text and head by head, whatever was shown."""
+    turns = itertools.count()
+
+    def rule(head: Head, alive: list[int], step: Step) -> list[int]:
+        del head, alive, step
+        heads = [positions for text in kept() for positions in text]
+        return list(heads[next(turns) % len(heads)])
+
+    return rule
+
+
 class Reference:
     """A model whose attention forgets: `logits(tokens)` continues the text, `kept(layer)` says what is left.
+
+    Attention is computed at least in float32, as the op has it.
 
     rules: one a layer.  window: of the model's own sliding attention, 0 for none.
     """
@@ -129,7 +144,8 @@ class Reference:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **rest: Any
     ) -> tuple[Tensor, None]:
         del mask, rest
-        layer, groups, total = module.layer_idx, key.shape[1], key.shape[2]
+        layer, groups, total, narrow = module.layer_idx, key.shape[1], key.shape[2], query.dtype
+        query, key, value = (t.to(torch.promote_types(narrow, torch.float32)) for t in (query, key, value))
         share, count = query.shape[1] // groups, query.shape[2]
         if not self.heads[layer]:
             self.heads[layer] = [[Head() for _ in range(groups)] for _ in range(key.shape[0])]
@@ -160,4 +176,4 @@ class Reference:
                 shown = weights[g * share : (g + 1) * share].sum(0)
                 step = Step(shown, weights.mean(0), key[b, g], self.seen, prompt=count > 1)
                 head.alive = self.rules[layer](head, alive, step)
-        return out.transpose(1, 2), None
+        return out.to(narrow).transpose(1, 2), None

@@ -44,6 +44,7 @@ CASES = [("llama", name) for name in POLICIES] + [
     ("mistral", "h2o"),
     ("gpt2", "snapkv"),
 ]
+REST = [(name, policy) for name in decoders.STOCK for policy in POLICIES if (name, policy) not in CASES]
 
 
 class Session:
@@ -80,7 +81,7 @@ def text(length: int = PROMPT + STEPS) -> torch.Tensor:
     return torch.stack([torch.randperm(VOCABULARY, generator=random)[:length] for _ in range(2)])
 
 
-@pytest.mark.parametrize(("name", "policy"), CASES)
+@pytest.mark.parametrize(("name", "policy"), [*CASES, *(pytest.param(*c, marks=pytest.mark.deep) for c in REST)])
 def test_kept_positions_and_logits_are_those_of_the_policy_in_plain_pytorch(name, policy):
     ours, rule = POLICIES[policy]
     model, tokens = decoders.decoder(name), text()
@@ -191,6 +192,27 @@ def test_what_does_not_fit_is_refused_in_words():
         decoders.evicting("llama", EvictKV(SinkAndRecent(rolling=True), 4, positions="tokens_at"), prompt=False)
     with pytest.raises(PassError, match="keeps no token"):
         EvictKV(SlidingWindow(), 0)
+
+
+def test_keys_repeated_in_another_dimension_are_refused():
+    from compiled_attn.passes.evict_match import Unlike, cached_layer
+    from compiled_attn.runtime.capture import capture
+
+    class Repeats(nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.dim = dim
+
+        def forward(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            repeated = (t.repeat_interleave(2, self.dim) for t in (keys, values))
+            return nn.functional.scaled_dot_product_attention(q, *repeated)
+
+    for dim, because in ((1, "no index_copy"), (2, "otherwise than head by head")):
+        q, cache = torch.zeros(1, 4 if dim == 1 else 2, 8, 4), torch.zeros(1, 2, 8, 4)
+        program = capture(Repeats(dim), (q, cache, cache.clone()))
+        node = next(n for n in program.graph.nodes if "scaled_dot" in n.name)
+        with pytest.raises(Unlike, match=because):
+            cached_layer(program, program.graph, node)
 
 
 def test_notes_say_what_became_of_each_cache():

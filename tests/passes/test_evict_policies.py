@@ -28,12 +28,14 @@ GROUPS, SHARE, WIDTH = 2, 2, 4
 POLICIES: dict[str, tuple[Policy, int, int]] = {  # policy, sinks and recent tokens that never go
     "sliding window": (SlidingWindow(), 0, 5),
     "sinks and recent": (SinkAndRecent(sinks=2), 2, 3),
+    "sinks, rolling": (SinkAndRecent(sinks=2, rolling=True), 2, 3),
     "h2o": (HeavyHitters(recent=3), 0, 3),
     "tova": (Tova(), 0, 1),
     "snapkv": (SnapKV(window=2, kernel=3), 0, 2),
     "snapkv, averaged": (SnapKV(window=2, kernel=3, pooling="avg"), 0, 2),
     "key norm": (KeyNorm(), 0, 0),
     "protected": (Protect(Tova(), sinks=1, recent=2), 1, 2),
+    "protected twice": (Protect(Protect(KeyNorm(), sinks=2, recent=0), sinks=0, recent=2), 2, 2),
 }
 
 
@@ -74,7 +76,16 @@ def scripts(draw: st.DrawFn) -> Script:
 def test_slots_hold_distinct_tokens_within_the_budget_and_what_is_protected_stays(name: str, script: Script) -> None:
     policy, sinks, recent = POLICIES[name]
     random = torch.Generator().manual_seed(script.seed)
-    rule = Rule(policy, script.budget, 0.5)
+    most = script.budget + max([1, *(max(numbers) for kind, numbers in script.steps if kind == "read")])
+
+    going: list[int] = []
+
+    def turn(heads: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        assert (places[going] < most).all()  # no position grows with the text
+        return heads
+
+    rolling = {"turn_query": turn, "turn_key": turn} if policy.turns_by_place else {}
+    rule = Rule(policy, script.budget, 0.5, **rolling)
     layer, lengths = empty(policy, script.budget, 2), [0, 0]
     for kind, numbers in script.steps:
         begun = lengths
@@ -88,6 +99,7 @@ def test_slots_hold_distinct_tokens_within_the_budget_and_what_is_protected_stay
             longest = max(numbers) if kind == "read" else 1
             places = [[-1] * (longest - n) + list(range(at, at + n)) for n, at in zip(numbers, lengths, strict=True)]
             rows = torch.randn(3, 2, GROUPS * SHARE, longest, WIDTH, generator=random)
+            going[:] = [i for i, n in enumerate(numbers) if n]
             new = New(rows[0], rows[1, :, :GROUPS], rows[2, :, :GROUPS], torch.tensor(places))
             out, layer = (prompt if kind == "read" else decode)(layer, new, rule)
             assert out.isfinite().all()
