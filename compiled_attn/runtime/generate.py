@@ -30,6 +30,7 @@ from compiled_attn.runtime.decoder import captured
 from compiled_attn.runtime.decoder_file import Decoder, Recipe, export_decoder, load_decoder
 from compiled_attn.runtime.describe import call_of
 from compiled_attn.runtime.lower import inline
+from compiled_attn.runtime.sample import Sampling
 
 
 def decoder(
@@ -108,10 +109,10 @@ def generate(
 ) -> Generation:
     """Continues each prompt, token by token.
 
-    temperature: 0 takes the likeliest token, otherwise logits are divided by it and one is drawn, of the `top_k`
-    likeliest (0: all) and of the fewest whose probabilities reach `top_p`.  seed: of the draws, the same seed gives the
-    same texts.  stop: tokens, or sequences of tokens, behind which a text ends; they are part of what was said.
-    on_token: called with (text, token) for each; True ends that text.  conversation: goes on with it; else a fresh one.
+    temperature, top_k, top_p, seed: how tokens are drawn (runtime/sample.py); the same seed gives the same draws, here
+    and in the C++ runner.  stop: tokens, or sequences of tokens, behind which a text ends; they are part of what was
+    said.  on_token: called with (text, token) for each; True ends that text.  conversation: goes on with it; else a
+    fresh one.
     Raises ContractError where prompts do not fit, or where a text outgrows a cache that keeps everything.
     """
     if not isinstance(decoder, Decoder):
@@ -120,20 +121,15 @@ def generate(
             facts="a decoder holds the prompt's and the step's program, with caches of one size",
             do="make one: compiled_attn.decoder(model, policy=..., budget=...)",
         )
+    sampling = Sampling(temperature, top_k, top_p, seed)
     made = conversation if conversation is not None else decoder.fresh(len(prompts))
     _check(decoder, prompts, made, max_new_tokens)
-    generator = torch.Generator(device=decoder.device)
-    if seed is not None:
-        generator.manual_seed(seed)
-    else:
-        generator.seed()
     endings = [[s] if isinstance(s, int) else list(s) for s in stop]
     logits = read(decoder, prompts, made)
     said: list[list[int]] = [[] for _ in prompts]
     ended = [""] * len(prompts)
     for count in range(1, max_new_tokens + 1):
-        chosen = sample(logits, temperature, top_k, top_p, generator).tolist()
-        for text, token in enumerate(chosen):
+        for text, token in enumerate(sampling.tokens(logits, made.lengths)):
             if ended[text]:
                 continue
             said[text].append(token)
@@ -185,22 +181,6 @@ def _run(program: Any, decoder: Decoder, tokens: Tensor, positions: Tensor, made
     given = (tokens.contiguous().to(device), positions.contiguous().to(device))
     logits: Tensor = program(*given, made.state, slots=made.slots)
     return logits[:, -1]
-
-
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token a text, [B], of logits [B, vocabulary]."""
-    if temperature == 0:
-        return logits.argmax(1)
-    scores = logits.float() / temperature
-    order = scores.sort(dim=1, descending=True, stable=True)
-    probabilities = order.values.softmax(1)
-    before = probabilities.cumsum(1) - probabilities  # of all that are likelier
-    dropped = before >= top_p
-    if top_k:
-        dropped |= torch.arange(scores.shape[1], device=scores.device) >= top_k
-    dropped[:, 0] = False
-    drawn = torch.multinomial(probabilities.masked_fill(dropped, 0.0), 1, generator=generator)
-    return order.indices.gather(1, drawn).squeeze(1)
 
 
 def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], made: Conversation, count: int) -> None:

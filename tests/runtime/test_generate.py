@@ -14,7 +14,7 @@ import compiled_attn as ca
 from compiled_attn.ir.errors import CompiledAttnError
 from compiled_attn.passes.evict_policies import HeavyHitters, Policy, SinkAndRecent
 from compiled_attn.runtime.decoder_file import Decoder
-from compiled_attn.runtime.generate import sample
+from compiled_attn.runtime.sample import drawn, uniform
 
 H2O = HeavyHitters(recent=4)
 
@@ -110,15 +110,32 @@ def test_the_same_seed_draws_the_same_text_and_each_token_is_streamed():
 
 def test_sampling_keeps_to_the_likeliest_tokens():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
-    random = torch.Generator().manual_seed(0)
-    assert sample(logits, 0.0, 0, 1.0, random).unique().tolist() == [0]
-    assert sample(logits, 1.0, 2, 1.0, random).unique().tolist() == [0, 1]
-    assert sample(logits, 1.0, 0, 0.79, random).unique().tolist() == [0, 1]
-    assert sample(logits, 1.0, 0, 0.0, random).unique().tolist() == [0]
-    share = sample(logits, 1.0, 0, 1.0, random).bincount(minlength=4) / 4000
+    draws = [uniform(0, 0, position) for position in range(4000)]
+    assert drawn(logits, 1.0, 2, 1.0, draws).unique().tolist() == [0, 1]
+    assert drawn(logits, 1.0, 0, 0.79, draws).unique().tolist() == [0, 1]
+    assert drawn(logits, 1.0, 0, 0.0, draws).unique().tolist() == [0]
+    assert drawn(logits[:2], 1.0, 0, 1.0, [0.0, 1 - 2**-32]).tolist() == [0, 3]
+    share = drawn(logits, 1.0, 0, 1.0, draws).bincount(minlength=4) / 4000
     assert (share - logits[0].exp()).abs().max() < 0.03
-    hot = sample(logits, 2.0, 0, 1.0, random).bincount(minlength=4) / 4000
+    hot = drawn(logits, 2.0, 0, 1.0, draws).bincount(minlength=4) / 4000
     assert (hot - (logits[0] / 2).softmax(0)).abs().max() < 0.03
+
+
+def test_draws_are_even_and_differ_by_seed_text_and_position():
+    rows = [[uniform(s, t, p) for p in range(500)] for s in range(3) for t in range(3)]
+    found = torch.tensor(rows, dtype=torch.float64)
+    assert found.unique().numel() == found.numel()
+    assert (found.histc(10, 0, 1) / found.numel() - 0.1).abs().max() < 0.015
+    assert (found.corrcoef() - torch.eye(9)).abs().max() < 0.15
+
+
+def test_a_drawn_text_depends_on_its_seed_and_place_but_not_on_turns_or_other_texts():
+    options = {"temperature": 1.2, "seed": 5}
+    whole = ca.generate(decoder(), [prompt(9), prompt(5, 1)], max_new_tokens=9, **options)
+    assert ca.generate(decoder(), [prompt(9)], max_new_tokens=9, **options).tokens == whole.tokens[:1]
+    first = ca.generate(decoder(), [prompt(9), prompt(5, 1)], max_new_tokens=4, **options)
+    rest = ca.generate(decoder(), [[], []], max_new_tokens=5, conversation=first.conversation, **options)
+    assert [a + b for a, b in zip(first.tokens, rest.tokens, strict=True)] == whole.tokens
 
 
 def test_what_does_not_fit_is_refused_in_words():
@@ -128,6 +145,9 @@ def test_what_does_not_fit_is_refused_in_words():
         ca.generate(decoder(), [[3], []])
     with pytest.raises(CompiledAttnError, match="not one prompt for each text"):
         ca.generate(decoder(), [[3], [4]], conversation=decoder().fresh(1))
+    for wrong in ({"temperature": -1.0}, {"temperature": 1.0, "top_p": 1.5}, {"temperature": 1.0, "top_k": -2}):
+        with pytest.raises(CompiledAttnError, match="no token is drawn with"):
+            ca.generate(decoder(), [[3]], **wrong)
     with pytest.raises(CompiledAttnError, match="takes a decoder"):
         ca.generate(decoders.decoder("llama"), [[3]])  # type: ignore[arg-type]
     with pytest.raises(CompiledAttnError, match="no decoder of transformers"):

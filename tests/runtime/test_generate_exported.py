@@ -70,6 +70,34 @@ def test_the_runner_without_python_says_the_same_and_its_state_can_be_gone_on_wi
     assert np.concatenate([first, then], 1).tolist() == wanted
 
 
+def test_the_runner_draws_the_same_tokens_under_a_seed(
+    file: DecoderFile, loaded: Decoder, runner: Path, tmp_path: Path
+) -> None:
+    texts = prompts((9, 9))
+    given = {"temperature": 1.3, "top_k": 12, "top_p": 0.9, "seed": 2**40 + 7}
+    wanted = ca.generate(loaded, texts, max_new_tokens=60, **given).tokens
+    assert wanted != ca.generate(loaded, texts, max_new_tokens=60).tokens
+    words = [w for name, value in given.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+    found = spoken(runner, file.path, np.array(texts), tmp_path / "drawn", 60, options=words)
+    assert found.tolist() == wanted
+    other = spoken(runner, file.path, np.array(texts), tmp_path / "other", 60, options=[*words[:-1], "3"])
+    assert other.tolist() != wanted
+
+
+def test_the_runner_ends_a_text_behind_a_stop_token_and_lets_the_others_go_on(
+    file: DecoderFile, loaded: Decoder, runner: Path, tmp_path: Path
+) -> None:
+    texts = prompts((9, 9))
+    given = {"temperature": 1.3, "seed": 2}
+    stop = ca.generate(loaded, texts, max_new_tokens=40, **given).tokens[0][4]
+    wanted = ca.generate(loaded, texts, max_new_tokens=40, stop=[stop], **given)
+    words = ["--temperature", "1.3", "--seed", "2", "--stop", str(stop)]
+    found = spoken(runner, file.path, np.array(texts), tmp_path / "out", 40, options=words)
+    assert [[t for t in row if t >= 0] for row in found.tolist()] == wanted.tokens
+    assert np.load(tmp_path / "out" / "lengths.npy").tolist() == wanted.conversation.lengths
+    assert len(wanted.tokens[0]) <= 5
+
+
 def test_the_weights_are_there_once_in_the_file_and_in_memory(file: DecoderFile, loaded: Decoder) -> None:
     members, digest = archive.unpack(memoryview(file.path.read_bytes()), "")
     found = programs.programs_of(members, digest, "")
@@ -240,12 +268,18 @@ def test_what_does_not_fit_is_refused_in_words(
 
 
 def spoken(
-    runner: Path, file: Path, tokens: np.ndarray, out: Path, count: int, state: Sequence[str] = ()
+    runner: Path,
+    file: Path,
+    tokens: np.ndarray,
+    out: Path,
+    count: int,
+    state: Sequence[str] = (),
+    options: Sequence[str] = (),
 ) -> np.ndarray:
     """What the C++ runner says behind the tokens [B, T], going on with a state if one is given."""
     path = out.with_suffix(".npy")
     np.save(path, tokens)
-    words = [str(runner), str(file), "--count", str(count), "--output-dir", str(out)]
+    words = [str(runner), str(file), "--count", str(count), "--output-dir", str(out), *options]
     for given in (f"tokens={path}", *state):
         words += ["--input", given]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -82,7 +82,8 @@ at::Tensor Conversation::logits(Model& model, const at::Tensor& tokens, const at
   return results.at(0).select(1, -1).cpu();
 }
 
-at::Tensor Conversation::generate(Decoder& decoder, int64_t count) {
+at::Tensor Conversation::generate(
+    Decoder& decoder, int64_t count, const Sampling& sampling, const std::vector<int64_t>& stop) {
   require_room(decoder, count);
   const at::Tensor there = tokens_.ge(0);
   const at::Tensor place = (there.cumsum(1) - 1 + lengths_.unsqueeze(1)).masked_fill(there.logical_not(), -1);
@@ -95,11 +96,14 @@ at::Tensor Conversation::generate(Decoder& decoder, int64_t count) {
   }
   lengths_ = lengths_ + there.sum(1);
   std::vector<at::Tensor> said;
+  at::Tensor going = at::ones({tokens_.size(0), 1}, at::kBool);
   for (int64_t i = 0; i < count; ++i) {
-    said.push_back(scores.argmax(1, true));
-    if (i + 1 == count) break;
-    scores = logits(decoder.step, said.back(), lengths_.unsqueeze(1));
-    lengths_ = lengths_ + 1;
+    said.push_back(sampling.tokens(scores, lengths_).masked_fill(going.logical_not(), -1));
+    going = going.logical_and(at::isin(said.back(), at::tensor(stop, at::kLong)).logical_not());
+    if (i + 1 == count || !going.any().item<bool>()) break;
+    const at::Tensor place = lengths_.unsqueeze(1).masked_fill(going.logical_not(), -1);
+    scores = logits(decoder.step, said.back().clamp_min(0), place);
+    lengths_ = lengths_ + going.squeeze(1);
   }
   return at::cat(said, 1);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "sample.h"
 
 class Conversation {
  public:
@@ -15,8 +16,9 @@ class Conversation {
   // "lengths", [B], tokens seen of each text); what is not given begins empty.
   Conversation(const Decoder& decoder, at::Tensor tokens, const std::map<std::string, at::Tensor>& given);
 
-  // The `count` likeliest tokens behind each prompt, int64 [B, count].
-  at::Tensor generate(Decoder& decoder, int64_t count);
+  // At most `count` tokens behind each prompt, int64 [B, <= count]: a text ends behind a token of `stop`, and is filled
+  // up with -1.
+  at::Tensor generate(Decoder& decoder, int64_t count, const Sampling& sampling, const std::vector<int64_t>& stop);
 
   // What the programs wrote into, by name, and the lengths.
   std::map<std::string, at::Tensor> state() const;

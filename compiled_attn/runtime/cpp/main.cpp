@@ -1,6 +1,8 @@
 // Runs an artifact of compiled_attn without Python:
 //   runner model.pt2 --input x=in.npy --output-dir out [--repeat N] [--threads N] [--expect-sha256 H] [--device D]
-//   runner decoder.pt2 --input tokens=in.npy --output-dir out [--count N]     continues texts, greedily
+//   runner decoder.pt2 --input tokens=in.npy --output-dir out [--count N]     continues texts
+//       [--temperature T] [--top-k K] [--top-p P] [--seed S] [--stop N ...]     greedily unless there is
+//       a temperature; a text ends behind a token N
 //   runner model.pt2 --info
 // Everything is checked before native code of the file is opened. Exit code: 0, or 1 with an error in four parts on
 // stderr, or 2 for a wrong command line.
@@ -11,9 +13,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <iostream>
+#include <limits>
 #include <map>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,6 +30,7 @@
 #include "error.h"
 #include "model.h"
 #include "npy.h"
+#include "sample.h"
 
 namespace fs = std::filesystem;
 
@@ -34,6 +40,7 @@ const char* const kUsage =
     "usage: runner model.pt2 --input name=file.npy ... --output-dir folder\n"
     "              [--repeat N] [--threads N] [--expect-sha256 digest] [--device cpu|cuda[:i]]\n"
     "       runner decoder.pt2 --input tokens=file.npy --output-dir folder [--count N] [--input state=...]\n"
+    "              [--temperature T] [--top-k K] [--top-p P] [--seed S] [--stop N ...]\n"
     "       runner model.pt2 --info\n"
     "bfloat16 tensors are .npy files of uint16 bit patterns. Loading an artifact runs native code: trust the file.\n";
 
@@ -42,6 +49,8 @@ struct Options {
   std::string output;
   std::vector<std::pair<std::string, std::string>> inputs;
   int repeat = 1, threads = 0, count = 64;
+  Sampling sampling;
+  std::vector<int64_t> stop;
   bool is_info = false;
 };
 
@@ -56,8 +65,23 @@ int positive(const std::string& flag, const std::string& text) {
   return std::stoi(text);
 }
 
+int64_t whole(const std::string& flag, const std::string& text) {
+  bool good = !text.empty() && text.size() <= 18 && text.find_first_not_of("0123456789") == std::string::npos;
+  if (!good) wrong_usage(flag + " takes a whole number from 0");
+  return std::stoll(text);
+}
+
+double fraction(const std::string& flag, const std::string& text, double most) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end || !(value >= 0 && value <= most)) wrong_usage(flag + " is out of its range");
+  return value;
+}
+
 Options parse(int count, char** words) {
   Options options;
+  std::random_device chance;
+  options.sampling.seed = uint64_t(chance()) << 32 | chance();
   for (int i = 1; i < count; ++i) {
     std::string word = words[i];
     auto value = [&] {
@@ -76,6 +100,16 @@ Options parse(int count, char** words) {
       options.output = value();
     } else if (word == "--count") {
       options.count = positive(word, value());
+    } else if (word == "--temperature") {
+      options.sampling.temperature = fraction(word, value(), std::numeric_limits<double>::max());
+    } else if (word == "--top-p") {
+      options.sampling.top_p = fraction(word, value(), 1);
+    } else if (word == "--top-k") {
+      options.sampling.top_k = whole(word, value());
+    } else if (word == "--stop") {
+      options.stop.push_back(whole(word, value()));
+    } else if (word == "--seed") {
+      options.sampling.seed = uint64_t(whole(word, value()));
     } else if (word == "--repeat") {
       options.repeat = positive(word, value());
     } else if (word == "--threads") {
@@ -223,7 +257,7 @@ void generate(const Options& options, std::string data) {
   Conversation talk(decoder, tokens->second, given);
   decoder.open();
   auto began = std::chrono::steady_clock::now();
-  at::Tensor said = talk.generate(decoder, options.count);
+  at::Tensor said = talk.generate(decoder, options.count, options.sampling, options.stop);
   double spent = milliseconds(began);
   std::error_code status;
   fs::create_directories(options.output, status);
