@@ -23,6 +23,7 @@ a map of counts besides.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -269,12 +270,17 @@ def behind_onednn(block: Block) -> str | None:
     if block.form.repeats > 1 or block.form.source.meta["val"].dim() == 3:
         return None
     saves = block.norm or block.gate is not None or block.residual is not None or len(block.form.nodes) > 1
-    (rows, columns), _, dilation = block.form.geometry()
-    values = [block.form.source.meta["val"], block.root.meta["val"]]
-    sizes = [n for value in values for n in value.shape[1:]]
-    if saves or rows * columns > FEW_PLACES or max(dilation) > 1 or not all(isinstance(n, int) for n in sizes):
+    kernel, _, dilation = block.form.geometry()
+    return None if saves else slower(kernel, dilation, [block.form.source.meta["val"], block.root.meta["val"]])
+
+
+def slower(kernel: Sequence[int], dilation: Sequence[int], maps: Sequence[torch.Tensor]) -> str | None:
+    """Whether oneDNN was measured ahead for a lone convolution on these maps, in and out: the sentence, or None."""
+    rows, columns = kernel
+    sizes = [n for value in maps for n in value.shape[1:]]
+    if rows * columns > FEW_PLACES or max(dilation) > 1 or not all(isinstance(n, int) for n in sizes):
         return None
-    moved = sum(math.prod(value.shape[1:]) * value.element_size() for value in values)
+    moved = sum(math.prod(value.shape[1:]) * value.element_size() for value in maps)
     if moved <= LARGE_BYTES:
         return None
     return f"oneDNN is faster at {rows}x{columns} on maps of {moved / 1e6:.1f} MB a picture, in and out"

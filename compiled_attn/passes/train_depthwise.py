@@ -5,8 +5,9 @@
 
 w stays the user's own parameter. Nothing around the convolution is taken into the op: its gradient would make the sums
 again, and batch norm's statistics are the batch's. Never touches a convolution of several results a channel, one with
-a stride (the gradient of its input is no such convolution), nor, on a CPU, one whose kernel has few places, where
-oneDNN's step was measured to be as fast.
+a stride (the gradient of its input is no such convolution), nor, on a CPU, one of few places on a large map, where
+oneDNN is as fast. Elsewhere a step was measured to take a fifth of ATen's time and less, 3x3 on small maps three fifths
+(bench/depthwise_gradients.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Edit, Program
 from compiled_attn.ops.depthwise import depthwise_block
 from compiled_attn.ops.templates import registry
+from compiled_attn.passes.fuse_depthwise import slower
 from compiled_attn.passes.strides import follow_strides, reads_strides
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 RULE = "depthwise_block"
-FEW_PLACES = 9  # on a CPU; bench/depthwise_gradients.py
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ def refuses(node: fx.Node, target: Target) -> str | None:
         return f"it makes {channels // groups} results of every channel"
     if max(stride) > 1:
         return f"its stride is {list(stride)}, and the gradient of its input no convolution of this kind"
-    if target.kind == "cpu" and rows * columns <= FEW_PLACES:
-        return f"a step through {rows}x{columns} is no faster than oneDNN's"
     value, result = x.meta["val"], node.meta["val"]
+    behind = slower((rows, columns), dilation, [value, result]) if target.kind == "cpu" else None
+    if behind is not None:
+        return behind
     if not value.dtype == weight.meta["val"].dtype == result.dtype:
         return f"its weight is {weight.meta['val'].dtype} and its input {value.dtype}"
     pairs: dict[str, Any] = {"padding": _pair(padding), "dilation": _pair(dilation)}
