@@ -30,6 +30,7 @@ CHAINS = {
     "repvit_m1": 26,
     "inception_next_tiny": 54,
     "fastvit_t8": 25,
+    "poolformerv2_s12": 0,  # pools that leave out their border, which stay Inductor's
     "mambaout_tiny": 18,
     "ConvNextV2Model": 18,
     "FocalNetModel": 24,
@@ -46,7 +47,7 @@ def check(model: nn.Module, argument: str, chains: int, path: Path, side: int = 
         found, wanted = (first(one(x)) for one in (ca.load(path), model))
     near(found, wanted, 2e-5)
     fused = [n for n in built.program.graph.nodes if n.target is depthwise_block.overload]
-    assert built.calls["cpp_depthwise"] == len(fused) == chains
+    assert built.calls.get("cpp_depthwise", 0) == len(fused) == chains
     assert sum(conversions(path).values()) <= 1, conversions(path)
 
 
