@@ -149,7 +149,8 @@ def write(edit: Edit, node: fx.Node, found: Mixture) -> str:
         def call(target: Any, *args: Any) -> fx.Node:
             return edit.call(target, args, like=new)
 
-        parts, divisor = [], None
+        parts: list[fx.Node] = []
+        divisor: Any = 0.0
         v = edit.node_of[found.v]
         if found.turned:
             v = call(aten.transpose.int, v, 2, 3)
@@ -160,8 +161,10 @@ def write(edit: Edit, node: fx.Node, found: Mixture) -> str:
                 part, said = _applied(edit, new, term, v)
             factor = None if term.factor is None else edit.node_of[term.factor]
             parts.append(part if factor is None else call(aten.mul.Tensor, part, factor))
-            share = 1.0 if factor is None else factor
-            divisor = share if divisor is None else call(aten.add.Tensor, *_tensor_first(divisor, share))
+            if factor is None:
+                divisor = call(aten.add.Tensor, divisor, 1.0) if isinstance(divisor, fx.Node) else divisor + 1.0
+            else:
+                divisor = call(aten.add.Tensor, factor, divisor) if divisor else factor
         out = call(aten.add.Tensor, *parts)
         if found.divided:
             out = call(aten.div.Tensor, out, divisor)
@@ -169,10 +172,6 @@ def write(edit: Edit, node: fx.Node, found: Mixture) -> str:
             out = call(aten.transpose.int, out, 2, 3)
     edit.replace(new, out)
     return said
-
-
-def _tensor_first(a: Any, b: Any) -> tuple[Any, Any]:
-    return (a, b) if isinstance(a, fx.Node) else (b, a)
 
 
 def _applied(edit: Edit, like: fx.Node, term: Term, v: fx.Node) -> tuple[fx.Node, str]:

@@ -21,9 +21,16 @@ BATCH = {0: torch.export.Dim("batch", min=1, max=16)}
 class Gated(nn.Module):
     """ConViT's gated positional self-attention over a map of 3 x 4; positions that factorise, or any."""
 
-    def __init__(self, *, separable: bool = True, divided: bool = True, read: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        separable: bool = True,
+        divided: bool = True,
+        read: bool = False,
+        gates: tuple[bool, bool] = (True, True),
+    ) -> None:
         super().__init__()
-        self.divided, self.read = divided, read
+        self.divided, self.read, self.gates = divided, read, gates
         self.qkv = nn.Linear(8, 24)
         self.gate = nn.Parameter(torch.tensor([0.3, -1.0]))
         place = torch.cartesian_prod(torch.arange(3), torch.arange(4)).float()
@@ -38,7 +45,8 @@ class Gated(nn.Module):
         near = self.positions(self.away.expand(batch, -1, -1, -1)).permute(0, 3, 1, 2)
         near = (near if self.other is None else near + self.other).softmax(-1)
         gate = torch.sigmoid(self.gate).view(1, -1, 1, 1)
-        mixed = (1.0 - gate) * (q @ k.transpose(-2, -1) * 0.5).softmax(-1) + gate * near
+        own = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)
+        mixed = ((1.0 - gate) * own if self.gates[0] else own) + (gate * near if self.gates[1] else near)
         if self.divided:
             mixed = mixed / mixed.sum(-1).unsqueeze(-1)
         y = (mixed @ v).transpose(1, 2).reshape(batch, 12, 8)
@@ -58,6 +66,8 @@ def split(model: nn.Module, change=lambda program: program):
     [
         ({}, "known probabilities as 3 rows and 4 columns"),
         ({"divided": False}, "known probabilities as 3 rows and 4 columns"),
+        ({"gates": (False, False)}, "known probabilities as 3 rows and 4 columns"),
+        ({"gates": (False, True)}, "known probabilities as 3 rows and 4 columns"),
         ({"separable": False}, "known probabilities as a matrix"),
     ],
 )
