@@ -19,11 +19,10 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import compiled_attn as ca
-from bench.cases import TOLERANCE, Case, build, difference
+from bench.cases import TOLERANCE, Case, build, difference, flops
 from bench.timing import interleave
 from compiled_attn.zoo.dtop import DToP
 
@@ -32,9 +31,10 @@ LEAVING = (0.43, 0.33)  # of the live tokens, behind each auxiliary head
 
 
 def pictures(batch: int, side: int) -> Tensor:
-    """Random pictures of different contrast, so that different numbers of their tokens leave."""
+    """Random pictures of different contrast around 1, so that different numbers of their tokens leave."""
     noise = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(2))
-    return noise * torch.linspace(0.3, 2, batch).view(-1, 1, 1, 1)
+    contrasts = torch.linspace(-1, 1, batch + 2)[1:-1].exp2()
+    return noise * contrasts.view(-1, 1, 1, 1)
 
 
 def with_thresholds(model: DToP, thresholds: Sequence[float]) -> DToP:
@@ -67,25 +67,8 @@ def between(values: Tensor, share: float) -> float:
     return near[widest : widest + 2].mean().item()
 
 
-def flops(model: DToP, x: Tensor) -> int:
-    """Of one call in eager mode, attention within ragged sequences by their own lengths."""
-    ragged = {torch.ops.compiled_attn.ragged_attention: _ragged_flops}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ragged) as counter:
-        model(x)
-    return counter.get_total_flops()
-
-
-def _ragged_flops(*args: Tensor, **_options: Any) -> int:
-    q, _, v, q_offsets, k_offsets = args
-    pairs = int((q_offsets.diff() * k_offsets.diff()).sum())
-    return 2 * pairs * q.shape[1] * (q.shape[2] + v.shape[2])
-
-
-_ragged_flops._get_raw = True  # type: ignore[attr-defined]  # the counter hands over tensors, not their shapes
-
-
 def measure(model: DToP, batches: Sequence[int], side: int, rounds: int) -> list[str]:
-    thresholds = thresholds_for(model, LEAVING, pictures(2, side))
+    thresholds = thresholds_for(model, LEAVING, pictures(max(batches), side))
     models = {"dense": with_thresholds(model, ()), "pruned": with_thresholds(model, thresholds)}
     given = {"example_inputs": (pictures(2, side),), "dynamic_shapes": DYNAMIC}
     fast: dict[str, Any] = {}

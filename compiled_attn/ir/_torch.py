@@ -531,19 +531,30 @@ def _dense_last(value: Any) -> Any:
     return node if dense and base == node.get_dtype() else unwrapped(ir.ExternKernel.copy_input(value))
 
 
-def register_inductor_lowering(overload: Any, lowering: Callable[..., Any]) -> None:
-    """Inductor lowers `overload` by `lowering(*args, **kwargs)` from now on; None from it means Inductor's fallback."""
-    from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+_given: dict[Any, Any] = {}  # overload -> the lowering that register_inductor_lowering left with Inductor
 
-    if overload in lowerings:
+
+def register_inductor_lowering(overload: Any, lowering: Callable[..., Any]) -> None:
+    """Inductor lowers `overload` by `lowering(*args, **kwargs)` from now on; None from it means Inductor's fallback.
+
+    Takes the place of the fallback that Inductor gives an operator it meets without a lowering, and of what that asks
+    of the inputs: plain torch.compile may have seen the operator before.
+    """
+    from torch._inductor import lowering as inductor
+
+    if overload in _given and inductor.lowerings.get(overload) is _given[overload]:
         return
-    otherwise = fallback_handler(overload, add_to_fallback_set=False)
+    otherwise = inductor.fallback_handler(overload, add_to_fallback_set=False)
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
         found = lowering(*args, **kwargs)
         return otherwise(*args, **kwargs) if found is None else found
 
-    register_lowering(overload, type_promotion_kind=None)(lowered)
+    for asked in (inductor.fallbacks, inductor.needs_realized_inputs):
+        asked.discard(overload)
+    inductor._maybe_layout_constraints.pop(overload, None)
+    inductor.register_lowering(overload, type_promotion_kind=None)(lowered)
+    _given[overload] = inductor.lowerings[overload]
 
 
 def inductor_copy(value: Any) -> Any:

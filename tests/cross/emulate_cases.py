@@ -1,4 +1,4 @@
-"""What is emulated: a case for every op, every paper and three stock models; a new op or paper becomes one by itself.
+"""What is emulated: a case for every op and paper, which a new one becomes by itself, three stock models and two passes.
 
 `of(name)` gives a case's model and inputs. `Case.batched` says which first dimensions are the batch.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from compiled_attn import zoo
+from compiled_attn import passes, zoo
 from compiled_attn.ir.errors import CompiledAttnError
 from compiled_attn.ir.op import OPS, Op
 
@@ -27,21 +27,30 @@ STOCK: dict[str, tuple[dict[str, Any], int]] = {
     "swin_tiny_patch4_window7_224": ({"img_size": 56, "depths": (2,), "embed_dim": 16, "num_heads": (2,)}, 56),
     "convnext_tiny": ({"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, 64),
 }
+# name of an approximate pass -> the pass, on the first of those models
+PASSES: dict[str, Any] = {
+    "reorganize-tokens": passes.ReorganizeTokens(keep_rate=0.7, at=(0, 1)),
+    "prune-tokens": passes.PruneTokens(mass=0.9, at=(0, 1)),
+}
 GAP = "emulated "  # how a case's entry in gaps.GAPS begins; a call of an op that has one is a case of its own
 APART = [
     f"op {op}: {i.name}" for op in OPS for i in INPUTS[op] if any(k.startswith(f"{GAP}op {op}: {i.name}") for k in GAPS)
 ]
-KINDS = (("op", OPS), ("paper", zoo.PAPERS), ("timm", STOCK))
+KINDS = (("op", OPS), ("paper", zoo.PAPERS), ("timm", STOCK), ("pass", PASSES))
 NAMES = [*(f"{kind} {name}" for kind, names in KINDS for name in names), *APART]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its inputs. batched: for each tensor, in flat order, whether its first dimension is the batch."""
+    """A model and its inputs. batched: for each tensor, in flat order, whether its first dimension is the batch.
+
+    named: passes that change the numbers; what is wanted then is the rewritten program's, op by op.
+    """
 
     model: nn.Module
     args: tuple[Any, ...]
     batched: tuple[bool, ...]
+    named: tuple[Any, ...] = ()
 
     def dynamic_shapes(self) -> Any:
         """As torch.export takes it: first dimensions that grow are symbols, equal ones the same."""
@@ -54,9 +63,9 @@ class Case:
 
 
 def of(name: str) -> Case:
-    """The case of that name: `op <op>`, `op <op>: <one of its inputs>`, `paper <paper>` or `timm <model>`."""
+    """The case of that name: `op <op>`, `op <op>: <one of its inputs>`, `paper ...`, `timm <model>` or `pass ...`."""
     kind, rest = name.split(" ", 1)
-    return {"op": _op, "paper": _paper, "timm": _stock}[kind](rest)
+    return {"op": _op, "paper": _paper, "timm": _stock, "pass": _pass}[kind](rest)
 
 
 class Calls(nn.Module):
@@ -144,3 +153,7 @@ def _stock(name: str) -> Case:
     model = timm_model(name, "sdpa", **config).eval()
     enliven(model)
     return Case(model, (torch.randn(2, 3, side, side),), (True,))
+
+
+def _pass(name: str) -> Case:
+    return replace(_stock(next(iter(STOCK))), named=(PASSES[name],))

@@ -61,7 +61,7 @@ def main() -> None:
 def generate(case: emulate_cases.Case, target: Target, dynamic: bool, precision: str, code: Path) -> dict[str, Any]:
     """Writes the wrapper to `code`; returns what call.pt holds."""
     shapes = case.dynamic_shapes() if dynamic else None
-    settings = Settings.of(target, dynamic_shapes=shapes, precision=precision)
+    settings = Settings.of(target, dynamic_shapes=shapes, precision=precision, passes=case.named)
     build = prepare(case.model, case.args, None, settings)
     # as runtime/package.py does for a target that is not here
     program = fuse_attention(lower(build.program, target, build.notes), target, build.notes)
@@ -71,7 +71,7 @@ def generate(case: emulate_cases.Case, target: Target, dynamic: bool, precision:
     layouts = dict(zip((n.name for n in program.placeholders), promised, strict=True))
     args, strides = _called(case, [fake for name, fake in layouts.items() if name in user], dynamic)
     with torch.no_grad():
-        wanted = pytree.tree_leaves(case.model(*args))
+        wanted = pytree.tree_leaves((build.program if case.named else case.model)(*args))
     given = iter(zip(pytree.tree_leaves(args), strides, strict=True))
     inputs = [(weights[n], fake.stride()) if n in weights else next(given) for n, fake in layouts.items()]
     cuda = {t.name for t in TEMPLATES if t.device == "cuda"}

@@ -1,4 +1,4 @@
-"""The CUDA code of every op, every paper and three stock models gives eager's numbers on an emulated device.
+"""The CUDA code of every op and paper, stock models and two passes gives eager's numbers on an emulated device.
 
 A new op or paper is a case by standing in `ops.OPS` or `zoo.PAPERS`; one that can not be has an entry in gaps.GAPS, as
 `emulated <case>` or `emulated <case> <static or dynamic>`; a case may be one call of an op: `op <op>: <name of its

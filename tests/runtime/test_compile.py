@@ -8,6 +8,7 @@ from torch import nn
 
 import compiled_attn as ca
 from compiled_attn.ir.errors import CaptureError, ContractError, PassError, TargetError
+from compiled_attn.ops import local_attention
 
 
 class Small(nn.Module):
@@ -162,6 +163,23 @@ def test_a_folded_constant_may_have_several_readers():
     for fast in (ca.compile(model, example_inputs=(index,)), torch.compile(model, backend="compiled_attn")):
         with torch.no_grad():
             torch.testing.assert_close(fast(index), model(index))
+
+
+def test_a_model_that_torch_compiled_before_still_gets_its_templates(monkeypatch):
+    from torch._inductor import lowering
+
+    class Local(nn.Module):
+        def forward(self, qkv):
+            return local_attention(*qkv.unbind(2), window=[3], scale=1.0)
+
+    monkeypatch.delitem(lowering.lowerings, local_attention.overload, raising=False)  # as in a process of its own
+    torch._dynamo.reset()
+    x = torch.randn(1, 9, 3, 2, 8)
+    with torch.no_grad():
+        wanted = torch.compile(Local())(x)
+        assert local_attention.overload in lowering.lowerings
+        fast = ca.compile(Local(), example_inputs=(x,), strict=True)  # refuses code without the template
+        torch.testing.assert_close(fast(x), wanted, rtol=0, atol=1e-5)
 
 
 def test_a_size_outside_the_declared_range_is_refused():
