@@ -210,6 +210,20 @@ class Edit:
         self._names[node.name] = fresh
         return node
 
+    def known(self, node: fx.Node) -> tuple[str, torch.Tensor, tuple[str, ...]] | None:
+        """Name, value and names in `state` it was made from, of a placeholder that stands for a tensor of the program.
+
+        Constants that this draft made are among them. None for any other node.
+        """
+        if node.name in self._names:
+            name = self._names[node.name]
+            return name, self._new[name], self._origin[name]
+        spec = next((s for s in self.program.signature.input_specs if getattr(s.arg, "name", None) == node.name), None)
+        value = self.program.tensors().get(node.name)
+        if node.op != "placeholder" or spec is None or spec.target is None or value is None:
+            return None
+        return spec.target, value.detach(), self.program.origin.get(spec.target, (spec.target,))
+
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Every use of `old` becomes a use of `new`; `old` goes when the edit is finished."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

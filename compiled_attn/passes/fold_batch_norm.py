@@ -1,9 +1,13 @@
-"""Folds a batch norm in inference into the convolution or linear before it.
+"""Folds a batch norm in inference into the convolution or linear before it, or into the 1x1 convolution behind it.
 
     y = conv2d(x, w, b); z = batch_norm(y, g, h, mean, var, eps)
     ->  z = conv2d(x, w * g / sqrt(var + eps), (b - mean) * g / sqrt(var + eps) + h)
 
-Never folds where the convolution is read by anyone else, nor a batch norm that still learns its statistics.
+    y = batch_norm(x, g, h, mean, var, eps); z = conv2d(y, w[O, C, 1, 1], b)          s = g / sqrt(var + eps)
+    ->  z = conv2d(x, w * s[:, None, None], b + w (h - mean s))
+
+Never folds where what stands between them is read by anyone else, nor a batch norm that still learns its statistics;
+forward not through a border, whose zeros would no longer be zeros behind the norm.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ CONVOLUTIONS = (
     aten.conv3d.padding,
     aten.linear.default,
 )
+POINTWISE = (aten.conv2d.default, aten.conv2d.padding)
 
 
 def batch_norm_parts(node: fx.Node) -> tuple[Any, ...] | None:
@@ -44,11 +49,13 @@ def batch_norm_parts(node: fx.Node) -> tuple[Any, ...] | None:
     return None
 
 
-def fold_one(edit: Edit, program: Program, node: fx.Node, notes: Notes) -> bool:
+def fold_one(edit: Edit, node: fx.Node, notes: Notes) -> bool:
     """Folds one batch norm, or notes the miss; returns whether it did."""
     parts = batch_norm_parts(node)
     if parts is None:
         return False
+    if fold_forward(edit, node, parts, notes):
+        return True
     x, weight, bias, mean, variance, eps = parts
     if x.target not in CONVOLUTIONS:
         notes.miss(node, RULE, f"its input {x.name} is no convolution or linear")
@@ -59,36 +66,74 @@ def fold_one(edit: Edit, program: Program, node: fx.Node, notes: Notes) -> bool:
     if x.target is aten.linear.default and x.meta["val"].dim() != 2:
         notes.miss(node, RULE, f"{x.name} has {x.meta['val'].dim()} dimensions, so its features are not the channels")
         return False
-    tensors = program.tensors()
     conv_bias = x.args[2] if len(x.args) > 2 else None
     nodes = [x.args[1], conv_bias, weight, bias, mean, variance]
-    if any(n is not None and n.name not in tensors for n in nodes):
+    values = constants(edit, nodes)
+    if values is None:
         notes.miss(node, RULE, "a weight of the convolution or of the norm is no constant")
         return False
-    values: list[Any] = [None if n is None else tensors[n.name].detach().double() for n in nodes]
     kernel, shift, g, h, m, v = values
     scale = torch.rsqrt(v + eps) if g is None else g * torch.rsqrt(v + eps)
     moved = (-m if shift is None else shift - m) * scale + (0 if h is None else h)
-    dtype = x.args[1].meta["val"].dtype
-    names = {s.arg.name: s.target or "" for s in program.signature.input_specs}
-    made_from = tuple(names[n.name] for n in nodes if n is not None)
-    folded = (kernel * scale.reshape(-1, *[1] * (kernel.dim() - 1))).to(dtype)
-    new_weight = edit.constant(f"{names[x.args[1].name]}.folded", folded, made_from=made_from)
-    new_bias = edit.constant(f"{names[x.args[1].name]}.shift", moved.to(dtype), made_from=made_from)
+    kernel = kernel * scale.reshape(-1, *[1] * (kernel.dim() - 1))
     with edit.graph.inserting_before(node):
-        fresh = edit.call(x.target, (x.args[0], new_weight, new_bias, *x.args[3:]), x.kwargs, like=x)
-    if node.target is aten.batch_norm.default:
-        edit.replace(node, fresh)
-    else:
-        for user in list(node.users):
-            edit.replace(user, fresh)
+        fresh = with_weights(edit, x, x.args[0], kernel, moved, nodes)
+    for user in [node] if node.target is aten.batch_norm.default else list(node.users):
+        edit.replace(user, fresh)
     notes.did(node, RULE, f"folded into {x.name}")
     return True
 
 
+def fold_forward(edit: Edit, node: fx.Node, parts: tuple[Any, ...], notes: Notes) -> bool:
+    """Folds a batch norm into the 1x1 convolution that alone reads it; returns whether it did."""
+    x, weight, bias, mean, variance, eps = parts
+    backward = x.target in CONVOLUTIONS and len(x.users) == 1
+    found = node if node.target is aten.batch_norm.default else next((u for u in node.users if u.args[1] == 0), node)
+    conv = next(iter(found.users), node)
+    if backward or len(found.users) != 1 or conv.target not in POINTWISE or conv.args[0] is not found:
+        return False
+    given: Any = (*conv.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(conv.args) - 2 :])
+    _, kernel_node, conv_bias, _, padding, _, groups = given
+    nodes = [kernel_node, conv_bias, weight, bias, mean, variance]
+    values = constants(edit, nodes)
+    bordered = padding != "valid" if isinstance(padding, str) else any(padding)
+    if values is None or list(kernel_node.meta["val"].shape[2:]) != [1, 1] or bordered or groups != 1:
+        return False
+    kernel, shift, g, h, m, v = values
+    scale = torch.rsqrt(v + eps) if g is None else g * torch.rsqrt(v + eps)
+    moved = kernel.flatten(1) @ ((0 if h is None else h) - m * scale) + (0 if shift is None else shift)
+    with edit.graph.inserting_before(conv):
+        fresh = with_weights(edit, conv, x, kernel * scale[:, None, None], moved, nodes)
+    edit.replace(conv, fresh)
+    notes.did(node, RULE, f"folded into {conv.name}")
+    return True
+
+
+def constants(edit: Edit, nodes: list[fx.Node | None]) -> list[Any] | None:
+    """Their tensors in float64, None for None; None where one is computed."""
+    known = [None if n is None else edit.known(n) for n in nodes]
+    if any(n is not None and k is None for n, k in zip(nodes, known, strict=True)):
+        return None
+    return [None if k is None else k[1].double() for k in known]
+
+
+def with_weights(
+    edit: Edit, conv: fx.Node, x: fx.Node, kernel: torch.Tensor, bias: torch.Tensor, made_from: list[fx.Node | None]
+) -> fx.Node:
+    """The convolution on x with another kernel and bias, made from the weights of the nodes `made_from`."""
+    known = [found for n in made_from if n is not None and (found := edit.known(n)) is not None]
+    sources = tuple(dict.fromkeys(name for _, _, names in known for name in names))
+    name, value, _ = known[0]
+    fresh = [
+        edit.constant(f"{name.removeprefix('made_')}.{what}", new.to(value.dtype), made_from=sources)
+        for what, new in (("folded", kernel), ("shift", bias))
+    ]
+    return edit.call(conv.target, (x, *fresh, *conv.args[3:]), conv.kwargs, like=conv)
+
+
 @dataclass(frozen=True)
 class FoldBatchNorm:
-    """Folds batch norms in inference into what stands before them."""
+    """Folds batch norms in inference into what stands before them, or into the 1x1 convolution behind them."""
 
     name: ClassVar[str] = RULE
     exact: ClassVar[bool] = True
@@ -98,5 +143,5 @@ class FoldBatchNorm:
         if program.mode == "train":
             return program
         edit = program.edit()
-        changed = [fold_one(edit, program, n, notes) for n in list(edit.graph.nodes) if n.op == "call_function"]
+        changed = [fold_one(edit, n, notes) for n in list(edit.graph.nodes) if n.op == "call_function"]
         return edit.finish(self.name) if any(changed) else program

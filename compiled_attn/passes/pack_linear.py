@@ -149,11 +149,16 @@ def epilogue(node: fx.Node) -> str:
 
 def by_rule(case: Linear, target: Target) -> str:
     """Ours where it was seen ahead; else oneDNN where the work outweighs the cost of its call, at the smallest size."""
-    matrix_unit = case.dtype == torch.bfloat16 and "amx_bf16" in target.needs  # which oneDNN uses and we do not
-    seen = target.isa == "avx512" and case.inner * case.outer <= CPP_UP_TO and not matrix_unit
-    if seen and cpp_gemm.refuses(case.dtype, case.inner, target) is None:
+    if ours_is_ahead(case.inner, case.outer, case.dtype, target):
         return "cpp"
     return "onednn" if max(case.rows[0], 1) * case.inner * case.outer >= ONEDNN_FROM[case.dtype] else "aten"
+
+
+def ours_is_ahead(inner: int, outer: int, dtype: torch.dtype, target: Target) -> bool:
+    """Whether our kernel was seen ahead of the others for weights of that size, at any number of rows."""
+    matrix_unit = dtype == torch.bfloat16 and "amx_bf16" in target.needs  # which oneDNN uses and we do not
+    seen = target.isa == "avx512" and inner * outer <= CPP_UP_TO and not matrix_unit
+    return seen and cpp_gemm.refuses(dtype, inner, target) is None
 
 
 def by_measure(case: Linear, measure: Measure, target: Target) -> tuple[str, dict[int, dict[str, float]]]:

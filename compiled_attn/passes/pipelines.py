@@ -24,8 +24,10 @@ def default(
 
     measure: the runtime's measurement service, which tune="measure" needs.
     """
+    from compiled_attn.passes.channels_last import ChannelsLast
     from compiled_attn.passes.choose_attention import ChooseAttention
     from compiled_attn.passes.choose_local_attention import ChooseLocalAttention
+    from compiled_attn.passes.fold_scale import FoldScale
     from compiled_attn.passes.fuse_depthwise import FuseDepthwise
     from compiled_attn.passes.lower_decay import LowerDecay
     from compiled_attn.passes.pack_linear import PackLinear
@@ -41,6 +43,8 @@ def default(
         passes += [
             RaiseLocalAttention(),
             FuseDepthwise(),
+            ChannelsLast(),
+            FoldScale(),
             FoldConstants(),
             ChooseAttention(),
             PackLinear(tune, measure),

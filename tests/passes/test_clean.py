@@ -12,6 +12,7 @@ from compiled_attn.ir.errors import PassError
 from compiled_attn.ir.notes import Notes
 from compiled_attn.passes import Canonicalize, FoldBatchNorm, FoldConstants, run_passes
 from compiled_attn.passes.base import cache_key
+from compiled_attn.passes.fold_scale import FoldScale
 from compiled_attn.runtime.capture import capture
 
 aten = torch.ops.aten
@@ -198,3 +199,71 @@ def test_the_cache_key_knows_options_and_order():
     assert cache_key([FoldConstants()]) == cache_key([FoldConstants()])
     assert cache_key([FoldConstants()]) != cache_key([FoldConstants(growth=2.0)])
     assert cache_key([FoldConstants(), Canonicalize()]) != cache_key([Canonicalize(), FoldConstants()])
+
+
+class PreNorm(nn.Module):
+    """A batch norm in front of a 1x1 convolution, and one behind it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.first, self.conv, self.last = nn.BatchNorm2d(6), nn.Conv2d(6, 8, 1, **options), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return x.sum() + self.last(self.conv(self.first(x)))
+
+
+def lively(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return model
+
+
+@pytest.mark.parametrize(("options", "left"), [({}, 0), ({"bias": False}, 0), ({"stride": 2}, 0), ({"padding": 1}, 1)])
+def test_a_batch_norm_goes_into_the_1x1_convolution_behind_it(options, left):
+    torch.manual_seed(0)
+    program, changed, _, _ = run(lively(PreNorm(**options)), torch.randn(2, 6, 5, 4))
+    norms = [n for n in ops(changed) if "batch_norm" in str(n)]
+    assert len(norms) == left
+    x = torch.randn(3, 6, 5, 4)[:2]
+    torch.testing.assert_close(changed(x), program(x), rtol=1e-5, atol=1e-5)
+    if not left:
+        made = {o for names in changed.origin.values() for o in names}
+        assert {"first.weight", "first.running_var", "conv.weight", "last.running_mean"} <= made
+
+
+class LayerScale(nn.Module):
+    def __init__(self, bias=True, shape=(8,)):
+        super().__init__()
+        self.linear, self.gamma = nn.Linear(6, 8, bias=bias), nn.Parameter(torch.randn(8).view(shape))
+
+    def forward(self, x):
+        return self.gamma.view(1, 8) * self.linear(x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(8,), (8, 1, 1)])
+def test_a_factor_for_each_output_goes_into_the_weights(bias, shape):
+    program, changed, notes, _ = run(LayerScale(bias, shape), torch.randn(3, 6), passes=(FoldScale(),))
+    assert ops(changed) == [aten.linear.default] and "fold-scale" in str(notes)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(changed(x), program(x), rtol=1e-5, atol=1e-5)
+    assert all("gamma" in names for names in changed.origin.values())
+
+
+def test_a_factor_stays_where_it_is_computed_or_the_product_is_read_twice():
+    class Twice(LayerScale):
+        def forward(self, x):
+            y = self.linear(x)
+            return self.gamma * y + y
+
+    class Computed(LayerScale):
+        def forward(self, x):
+            return self.linear(x) * x.sum(-1, keepdim=True)
+
+    for model in (Twice(), Computed()):
+        program, changed, _, _ = run(model, torch.randn(3, 6), passes=(FoldScale(),))
+        assert changed is program

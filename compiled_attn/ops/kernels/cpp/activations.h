@@ -19,16 +19,26 @@ COMPILED_ATTN_INLINE Vec vsigmoid(Vec x) {
   return vless(x, vset(0.f), vmul(e, inverse), inverse);
 }
 
-// The error function: Abramowitz and Stegun 7.1.26, absolute error below 2e-7; a NaN stays one.
+// The error function: z p(t) with t = 2 z^2 / 3.9^2 - 1 in [-1, 1], p of degree 15 fitted to least |error| (2e-8 before
+// rounding, below 2e-7 with it), and 1 from 3.9 on; neither division nor exponential. A NaN stays one.
+constexpr float kErf[] = {  // of t^0, t^1, ...
+    0.362583965f, -0.181011081f, 0.134690821f, -0.10953223f, 0.0906748474f, -0.0738058388f,
+    0.0578719489f, -0.0427627116f, 0.0292463209f, -0.0196032189f, 0.0133955972f, -0.00702515198f,
+    0.00205675745f, -0.00153940381f, 0.00187435967f, -0.000704749662f,
+};
 COMPILED_ATTN_INLINE Vec verf(Vec x) {
   const Vec z = vabs(x);
-  const Vec t = vdiv(vset(1.f), vfma(z, vset(0.3275911f), vset(1.f)));
-  Vec p = vset(1.061405429f);
-  p = vfma(p, t, vset(-1.453152027f));
-  p = vfma(p, t, vset(1.421413741f));
-  p = vfma(p, t, vset(-0.284496736f));
-  p = vfma(p, t, vset(0.254829592f));
-  const Vec y = vsub(vset(1.f), vmul(vmul(p, t), vexp_minus(vmul(z, z))));
+  const Vec t = vfma(vmul(z, z), vset(2.f / (3.9f * 3.9f)), vset(-1.f));
+  Vec p[8], power = t;
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) p[i] = vfma(vset(kErf[2 * i + 1]), t, vset(kErf[2 * i]));
+#pragma GCC unroll 3
+  for (int left = 4; left > 0; left /= 2) {  // Estrin's order: short chains
+    power = vmul(power, power);
+#pragma GCC unroll 4
+    for (int i = 0; i < left; i++) p[i] = vfma(p[2 * i + 1], power, p[2 * i]);
+  }
+  const Vec y = vless(vset(3.9f), z, vset(1.f), vmul(p[0], z));
   return vless(x, vset(0.f), vsub(vset(0.f), y), y);
 }
 
