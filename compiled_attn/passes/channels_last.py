@@ -55,7 +55,7 @@ class Maps:
 def refuses(node: fx.Node, constants: dict[str, str], target: Target) -> str | None:
     """Because of what a convolution is no linear map of ours; "" where its kernel is larger than 1x1 or has groups."""
     given: Any = (*node.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(node.args) - 2 :])
-    _, weight, bias, stride, padding, _, groups = given
+    x, weight, bias, stride, padding, _, groups = given
     outer, inner, *kernel = weight.meta["val"].shape
     if list(kernel) != [1, 1] or groups != 1:
         return ""
@@ -64,8 +64,8 @@ def refuses(node: fx.Node, constants: dict[str, str], target: Target) -> str | N
     if weight.name not in constants or (bias is not None and bias.name not in constants):
         return "its weight or bias is computed"
     value = weight.meta["val"]
-    if value.dtype != node.args[0].meta["val"].dtype:
-        return f"its input is {node.args[0].meta['val'].dtype} and its weight {value.dtype}"
+    if value.dtype != x.meta["val"].dtype:
+        return f"its input is {x.meta['val'].dtype} and its weight {value.dtype}"
     if not ours_is_ahead(inner, outer, value.dtype, target):
         return f"oneDNN serves {inner} x {outer} on target {target.name}"
     return None
@@ -82,7 +82,7 @@ def as_linear(maps: Maps, node: fx.Node, program: Program, constants: dict[str, 
 
 
 def follows(node: fx.Node, maps: Maps) -> bool:
-    """Whether a node is pointwise on maps, one of which lies in channels last, and on numbers or one for each channel."""
+    """Whether a node is pointwise on maps, one of them in channels last by now, and on one number or one a channel."""
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
         return False
     if not isinstance(node.meta.get("val"), torch.Tensor) or node.meta["val"].dim() != 4:
@@ -147,8 +147,8 @@ class ChannelsLast:
         for node, because in asked.items():
             if because:
                 notes.miss(node, RULE, because)
-        maps_of_products = [n for n in program.graph.nodes if n.target is aten.permute.default and n.args[1] == TO_FIRST]
-        if reads_strides(program.graph) is not None or not (maps_of_products or None in asked.values()):
+        permuted = any(n.target is aten.permute.default and n.args[1] == TO_FIRST for n in program.graph.nodes)
+        if reads_strides(program.graph) is not None or not (permuted or None in asked.values()):
             return program
         maps = Maps(program.edit())
         linear = {maps.edit.node_of[n]: n for n, because in asked.items() if because is None}

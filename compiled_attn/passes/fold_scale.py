@@ -10,7 +10,7 @@ Never folds where the product is read by anyone else, nor a factor that is compu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import fx
@@ -44,7 +44,7 @@ def constant(node: fx.Node, edit: Edit) -> tuple[str, torch.Tensor, tuple[str, .
     if not isinstance(source, fx.Node) or not all(isinstance(o, (int, list)) for o in options):
         return None
     found = constant(source, edit)
-    return None if found is None else (found[0], node.target(found[1], *options), found[2])  # type: ignore[operator]
+    return None if found is None else (found[0], node.target(found[1], *options), found[2])
 
 
 def fold_one(edit: Edit, node: fx.Node, notes: Notes) -> bool:
@@ -69,7 +69,11 @@ def fold_one(edit: Edit, node: fx.Node, notes: Notes) -> bool:
     made_from = tuple(dict.fromkeys(name for _, _, names in given for name in names))
     scale = scale.flatten()
     fresh = [
-        edit.constant(f"{name.removeprefix('made_')}.scaled", value * scale.view(-1, *[1] * (value.dim() - 1)), made_from=made_from)
+        edit.constant(
+            f"{name.removeprefix('made_')}.scaled",
+            value * scale.view(-1, *[1] * (value.dim() - 1)),
+            made_from=made_from,
+        )
         for name, value, _ in given[:-1]
     ]
     with edit.graph.inserting_before(node):

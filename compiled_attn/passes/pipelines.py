@@ -10,6 +10,7 @@ from compiled_attn.passes.canonicalize import Canonicalize
 from compiled_attn.passes.drop_open_masks import DropOpenMasks
 from compiled_attn.passes.fold_batch_norm import FoldBatchNorm
 from compiled_attn.passes.fold_constants import FoldConstants
+from compiled_attn.passes.fold_padding import FoldPadding
 from compiled_attn.passes.raise_attention import RaiseAttention
 from compiled_attn.passes.raise_flex_attention import RaiseFlexAttention
 
@@ -56,5 +57,5 @@ def default(
 
 def portable(named: Sequence[Pass] = ()) -> list[Pass]:
     """For programs that another runtime or the user reads (ONNX, taps): no kernel of ours is chosen."""
-    cleaned: list[Pass] = [RaiseFlexAttention(), Canonicalize(), FoldBatchNorm(), FoldConstants(), DropOpenMasks()]
-    return [*cleaned, RaiseAttention(), *named, Canonicalize()]
+    cleaned: list[Pass] = [RaiseFlexAttention(), Canonicalize(), FoldBatchNorm(), FoldPadding(), FoldConstants()]
+    return [*cleaned, DropOpenMasks(), RaiseAttention(), *named, Canonicalize()]

@@ -1,4 +1,4 @@
-"""What is emulated: a case for every op and paper, which a new one becomes by itself, three stock models and two passes.
+"""What is emulated: every op and every paper (a new one is a case by itself), three stock models and two passes.
 
 `of(name)` gives a case's model and inputs. `Case.batched` says which first dimensions are the batch.
 """

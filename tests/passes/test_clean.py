@@ -12,6 +12,7 @@ from compiled_attn.ir.errors import PassError
 from compiled_attn.ir.notes import Notes
 from compiled_attn.passes import Canonicalize, FoldBatchNorm, FoldConstants, run_passes
 from compiled_attn.passes.base import cache_key
+from compiled_attn.passes.fold_padding import FoldPadding
 from compiled_attn.passes.fold_scale import FoldScale
 from compiled_attn.runtime.capture import capture
 
@@ -267,3 +268,40 @@ def test_a_factor_stays_where_it_is_computed_or_the_product_is_read_twice():
     for model in (Twice(), Computed()):
         program, changed, _, _ = run(model, torch.randn(3, 6), passes=(FoldScale(),))
         assert changed is program
+
+
+class Padded(nn.Module):
+    def __init__(self, ends, **options):
+        super().__init__()
+        self.ends, self.conv = ends, nn.Conv2d(4, 6, 3, **options)
+
+    def forward(self, x):
+        return self.conv(nn.functional.pad(x, self.ends))
+
+
+@pytest.mark.parametrize(
+    ("ends", "options", "folds"),
+    [
+        ((1, 1, 2, 2), {}, True),
+        ((3, 3), {"stride": 2, "bias": False}, True),
+        ((1, 1, 1, 1), {"padding": 1, "groups": 2, "dilation": 2}, True),
+        ((0, 1, 0, 1), {"stride": 2}, False),
+        ((1, 1, 1, 1, 0, 1), {"stride": 2}, None),
+    ],
+)
+def test_a_border_of_zeros_goes_into_the_convolution(ends, options, folds):
+    if folds is None:
+        model = nn.Sequential(nn.ConstantPad3d(ends, 0.0), nn.Conv2d(4, 6, 3, **options))
+        x = torch.randn(2, 3, 9, 8)
+    else:
+        model, x = Padded(ends, **options), torch.randn(2, 4, 9, 8)
+    program, changed, _, _ = run(model, x, passes=(FoldPadding(),))
+    assert (changed is not program) == bool(folds)
+    assert not folds or not [t for t in ops(changed) if "pad" in str(t)]
+    torch.testing.assert_close(changed(x), program(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_border_of_other_values_stays():
+    model = nn.Sequential(nn.ConstantPad2d(1, 2.0), nn.Conv2d(4, 6, 3))
+    program, changed, _, _ = run(model, torch.randn(2, 4, 9, 8), passes=(FoldPadding(),))
+    assert changed is program
