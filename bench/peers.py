@@ -43,6 +43,21 @@ def narrow(case: Case, model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, to
     return model, x
 
 
+def written_out(case: Case, model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """The model with the vocabulary's ops as plain ATen ones, which is all that others know; itself without any."""
+    from compiled_attn.ir import _torch
+    from compiled_attn.ir.op import op_of
+    from compiled_attn.runtime.capture import capture
+    from compiled_attn.runtime.onnx import decomposed
+
+    name = next(iter(inspect.signature(model.forward).parameters))
+    example = torch.cat([x, x]) if case.dynamic and len(x) == 1 else x
+    shapes = {name: {0: "batch"}} if case.dynamic else None
+    program = capture(model, (example,), {}, dynamic_shapes=shapes)
+    ours = any(n.op == "call_function" and op_of(n.target) is not None for n in program.graph.nodes)
+    return _torch.quiet_module(decomposed(program), guards=False) if ours else model
+
+
 def eager(case: Case, model: nn.Module, x: torch.Tensor, _folder: Path) -> Runner:
     model, x = narrow(case, model, x)
     return Runner(lambda: model(x).float())
@@ -51,6 +66,7 @@ def eager(case: Case, model: nn.Module, x: torch.Tensor, _folder: Path) -> Runne
 def _torch_compile(**options: Any) -> Prepare:
     def prepare(case: Case, model: nn.Module, x: torch.Tensor, _folder: Path) -> Runner:
         model, x = narrow(case, model, x)
+        model = written_out(case, model, x)
         fast = torch.compile(model, fullgraph=True, dynamic=True if case.dynamic else None, options=options or None)
         fast(x)
         facts = {key: str(value) for key, value in options.items()}
@@ -64,7 +80,7 @@ def _onnx_file(case: Case, model: nn.Module, x: torch.Tensor, folder: Path) -> P
     if not path.exists():
         shapes = ({0: torch.export.Dim("batch", min=1)},) if case.dynamic else None
         example = torch.cat([x, x]) if case.dynamic and len(x) == 1 else x
-        torch.onnx.export(model, (example,), str(path), dynamo=True, dynamic_shapes=shapes, verbose=False)
+        torch.onnx.export(written_out(case, model, x), (example,), str(path), dynamo=True, dynamic_shapes=shapes, verbose=False)
     return path
 
 
