@@ -21,7 +21,6 @@ import click
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import compiled_attn as ca
 from bench import roof
@@ -183,10 +182,12 @@ def main(out: Path, precisions: tuple[str, ...], threads: int, rounds: int) -> N
         f"7x7 neighborhoods, heads of 32, with bias; threads {threads}; a matrix product does {said}",
         f"{'':<14} {'heads x map':<12} {'':<8} {heads}   (microseconds; share of the product's rate; times as slow)",
     ]
-    for precision in precisions:
-        lines += [line(case, precision, rates[precision], rounds) for case in tqdm(CASES, desc=precision, disable=None)]
-    (out / "local_ops.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    for precision in precisions:
+        for case in CASES:
+            lines.append(line(case, precision, rates[precision], rounds))
+            print(lines[-1], flush=True)
+    (out / "local_ops.txt").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

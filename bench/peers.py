@@ -80,7 +80,9 @@ def _onnx_file(case: Case, model: nn.Module, x: torch.Tensor, folder: Path) -> P
     if not path.exists():
         shapes = ({0: torch.export.Dim("batch", min=1)},) if case.dynamic else None
         example = torch.cat([x, x]) if case.dynamic and len(x) == 1 else x
-        torch.onnx.export(written_out(case, model, x), (example,), str(path), dynamo=True, dynamic_shapes=shapes, verbose=False)
+        torch.onnx.export(
+            written_out(case, model, x), (example,), str(path), dynamo=True, dynamic_shapes=shapes, verbose=False
+        )
     return path
 
 
