@@ -102,6 +102,14 @@ class EvictKV:
                 do="capture the step with static caches of full length as arguments, and no mask of your own "
                 "(runtime.decoder.Step does, for decoders of transformers)",
             )
+        if written and not found:
+            raise PassError(
+                f"{self.name} finds no attention over the caches that are written",
+                where=user_line(written[0]) or str(written[0].format_node()),
+                facts="none that reads them is scaled_dot_product_attention, nor was recognised as such "
+                "(a soft cap on the scores is one reason)",
+                do="load the decoder with attn_implementation='sdpa', where it has that form",
+            )
         if not found:
             notes.miss("graph", self.name, "no attention reads a cache that is an argument and written back")
         return found

@@ -135,7 +135,10 @@ def mask_window(program: Program, index: fx.Node, mask: fx.Node, capacity: int) 
             places, seeing = (evaluate(n, known, partial(_stand_in, program, size)) for n in (index, mask))
             if not torch.equal(places, torch.arange(past, past + count)):
                 raise Unlike(f"{index.name} is not {seen.name} + 0, 1, 2, ...")
-            seeing = seeing if seeing.dtype == torch.bool else seeing > torch.finfo(seeing.dtype).min / 2
+            if seeing.dtype != torch.bool:
+                added, seeing = seeing, seeing > torch.finfo(seeing.dtype).min / 2
+                if bool(added[seeing].any()):
+                    raise Unlike("its mask adds numbers to the scores of what is seen, such as ALiBi's, slot by slot")
             windows.add(_window(seeing, places, capacity))
     wanted = {w for w in windows if w}
     if len(wanted) > 1 or not windows:

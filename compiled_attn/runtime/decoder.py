@@ -100,20 +100,20 @@ class Step(nn.Module):
 
 
 def cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
-    """Key heads, key width and value width of every layer, by the decoder itself or transformers' configuration."""
+    """Key heads, key width and value width of every layer: by the decoder itself, or seen in the cache of one token."""
     if isinstance(model, Cached):
         return model.cache_shapes()
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "num_hidden_layers"):
         raise CaptureError(
             f"{type(model).__name__} is no decoder of transformers",
-            facts="its caches are built from config.num_hidden_layers and its heads, and there is no such config",
+            facts="it has no config with num_hidden_layers, as transformers' decoders have",
             do="give it cache_shapes() and cached(...), as runtime.decoder.Cached says",
         )
-    config = config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return [(getattr(config, "num_key_value_heads", None) or heads, width, width)] * config.num_hidden_layers
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.no_grad():
+        cache = model(input_ids=token, use_cache=True).past_key_values
+    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
 
 
 def captured(model: nn.Module, capacity: int, *, prompt: bool, batch: int | None = None, last: bool = False) -> Program:

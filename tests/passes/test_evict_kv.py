@@ -13,9 +13,11 @@ from decoders import VOCABULARY, WINDOW
 from passes import evict_reference as plain
 from torch import nn
 
-from compiled_attn.ir import _torch
+from compiled_attn.ir import _torch, targets
 from compiled_attn.ir.errors import PassError
+from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Program
+from compiled_attn.passes.base import run_passes
 from compiled_attn.passes.evict_kv import EvictKV
 from compiled_attn.passes.evict_policies import (
     HeavyHitters,
@@ -28,6 +30,8 @@ from compiled_attn.passes.evict_policies import (
     Tova,
     pyramid,
 )
+from compiled_attn.passes.pipelines import portable
+from compiled_attn.runtime.decoder import cache_shapes, captured
 
 BUDGET, PROMPT, STEPS = 7, 11, 8
 POLICIES: dict[str, tuple[Policy, Any]] = {
@@ -219,3 +223,32 @@ def test_notes_say_what_became_of_each_cache():
     _, notes = decoders.evicting("llama", EvictKV(SinkAndRecent(), 7), prompt=False)
     lines = [str(note) for note in notes.of("evict-kv").done]
     assert len(lines) == 2 and all("24 -> 7 tokens" in line and "approximate" in line for line in lines)
+
+
+def test_a_bias_of_positions_in_the_mask_is_no_causal_mask():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)).eval()
+    passes = [*portable(), EvictKV(SinkAndRecent(sinks=2), BUDGET)]
+    with pytest.raises(PassError, match="adds numbers to the scores"):
+        run_passes(captured(model, 12, prompt=False), passes, targets.load("cpu"), Notes())
+
+
+def test_a_decoder_whose_attention_is_not_recognised_is_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).eval()
+    passes = [*portable(), EvictKV(SinkAndRecent(sinks=2), BUDGET)]
+    with pytest.raises(PassError, match="soft cap"):
+        run_passes(captured(model, 12, prompt=False), passes, targets.load("cpu"), Notes())
+
+
+def test_the_caches_of_a_decoder_with_one_key_head_are_those_that_it_makes():
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = FalconForCausalLM(FalconConfig(**sizes, alibi=False, new_decoder_architecture=False)).eval()
+    assert cache_shapes(model) == [(1, 8, 8)]
+    assert captured(model, 12, prompt=False)
