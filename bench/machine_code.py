@@ -39,6 +39,8 @@ from compiled_attn.ops.kernels import (
     depthwise,
     depthwise_gradient,
     local_attention,
+    local_attention_columns,
+    local_attention_rows,
     neighborhood,
     ragged_attention,
     select_tokens,
@@ -50,6 +52,7 @@ from compiled_attn.ops.templates import (
     triton_depthwise,
     triton_depthwise_gradient,
     triton_local_attention,
+    triton_local_backward,
     triton_neighborhood,
     triton_ragged_attention,
     triton_select_tokens,
@@ -63,6 +66,8 @@ SOURCES = (
     "depthwise.py",
     "depthwise_gradient.py",
     "local_attention.py",
+    "local_attention_columns.py",
+    "local_attention_rows.py",
     "neighborhood.py",
     "ragged_attention.py",
     "select_tokens.py",
@@ -88,7 +93,9 @@ class Case:
         element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
         pointers = {"logits_ptr": "fp32", "lse_ptr": "fp32", "row_ptr": "fp32", "score_ptr": "fp32", "index_ptr": "i64"}
         pointers |= {"q_offsets_ptr": "i64", "k_offsets_ptr": "i64", "positions_ptr": "i64", "queries_ptr": "i64"}
-        pointers |= {f"{name}_ptr": "fp32" for name in ("peak", "total", "sum", "sums", "mass")}
+        pointers |= {
+            f"{name}_ptr": "fp32" for name in ("peak", "total", "sum", "sums", "mass", "mean", "dbias", "drelative")
+        }
         types = {}
         for argument in self.function.arg_names:
             if argument.endswith("_ptr"):
@@ -199,6 +206,27 @@ def cases() -> Iterator[Case]:
                 triton_select_tokens.configs(),
                 (("FUSE", fuse), ("stride_xc", 1), ("stride_sm", 1)),
             )
+        for block in triton_local_backward.WIDTHS:
+            sizes = ("queries", "keys", "window", "step", "block", "dilation", "tile")
+            for rank in (1, 2, 3):
+                for name, kernel in (
+                    (triton_local_backward.ROWS, local_attention_rows.local_attention_rows),
+                    (triton_local_backward.COLUMNS, local_attention_columns.local_attention_columns),
+                ):
+                    yield Case(
+                        name,
+                        triton_local_backward.case(dtype, block, rank=rank),
+                        kernel,
+                        dtype,
+                        triton_local_backward.configs(dtype, block),
+                        (
+                            *(("D", block - 8), ("BLOCK_D", block), ("DV", block - 8), ("BLOCK_DV", block)),
+                            *(("RANK", rank), ("HAS_BIAS", True), ("HAS_RELATIVE", False)),
+                            *(("HAS_SINKS", rank == 1), ("UPCAST", False)),
+                            *((f"stride_{x}", 1) for x in ("qd", "kd", "vd", "gd")),
+                            *((f"{size}_{axis}", 1) for axis in "zyx"[: 3 - rank] for size in sizes),
+                        ),
+                    )
         for mixes in triton_neighborhood.MIXES:
             for block in triton_neighborhood.WIDTHS:
                 yield Case(
