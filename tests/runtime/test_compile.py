@@ -182,6 +182,18 @@ def test_a_model_that_torch_compiled_before_still_gets_its_templates(monkeypatch
         torch.testing.assert_close(fast(x), wanted, rtol=0, atol=1e-5)
 
 
+def test_overlapping_blocks_are_summed_within_their_buffer():
+    class Blocks(nn.Module):
+        """Blocks of 3x3 at every second place, laid out so that Inductor turns a tile of them."""
+
+        def forward(self, x):
+            return nn.functional.fold(x.permute(0, 3, 2, 1).reshape(2, 36 * 9, 49), (14, 14), 3, padding=1, stride=2)
+
+    x = torch.randn(2, 49, 9, 36)
+    fast = ca.compile(Blocks(), example_inputs=(x,))
+    torch.testing.assert_close(fast(x), Blocks()(x))
+
+
 def test_a_size_outside_the_declared_range_is_refused():
     model = Small().eval()
     fast = ca.compile(
