@@ -21,7 +21,8 @@ from compiled_attn.passes.evict_policies import HeavyHitters
 BUDGET, STEPS = 12, 30
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("sinklora", marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("name", ["llama", "sinklora"])
 def test_an_exported_decoder_in_bfloat16_answers_as_float32_does_over_what_it_kept(
     name: str, runner: Path, tmp_path: Path
 ) -> None:
