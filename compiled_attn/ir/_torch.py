@@ -169,7 +169,7 @@ def aoti_package(exported: torch.export.ExportedProgram, path: str, options: dic
         for spec in exported.graph_signature.input_specs:
             if spec.kind is InputKind.CONSTANT_TENSOR:
                 spec.kind, spec.persistent = InputKind.BUFFER, False
-    with _objects_side_by_side(), convolutions_of_any_batch(), sums_within_their_buffers():
+    with _objects_side_by_side(), convolutions_of_any_batch():
         return torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
 
 
@@ -219,26 +219,28 @@ def convolutions_of_any_batch() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def sums_within_their_buffers() -> Iterator[None]:
-    """Inductor moves the index of an atomic sum in a 2-d tile on by the tile's row twice (torch 2.11 to 2.13).
+def keep_sums_within_their_buffers() -> None:
+    """Mends Inductor for this process, plain torch.compile included; again is free.
 
-    Such code, as that of `col2im` on several threads, writes beyond its buffer. Here the index is moved once.
+    It moves the index of an atomic sum in a 2-d tile on by the tile's row twice (torch 2.11 to 2.13): such code, as
+    that of `col2im` on several threads, writes beyond its buffer. It is mended for good and not around a build, since
+    backward graphs are compiled when they are first run.
     """
+    from torch._inductor import config
     from torch._inductor.codegen.cpp import CppTile2DKernel, CppVecKernel
 
     store = CppTile2DKernel.store
+    if getattr(store, "moves_once", False):
+        return
 
     def once(self: Any, name: str, index: Any, value: Any, mode: Any = None) -> None:
-        from torch._inductor import config
-
         atomic = mode == "atomic_add" and (config.cpp.dynamic_threads or self.num_threads != 1)
         if not atomic or self.need_vec_transpose(self.rename_indexing(index)):
             return store(self, name, index, value, mode)
         return CppVecKernel.store(self, name, index, value if value.is_vec else self.broadcast(value), mode)
 
-    with patch.object(CppTile2DKernel, "store", once):
-        yield
+    once.moves_once = True  # type: ignore[attr-defined]
+    CppTile2DKernel.store = once  # type: ignore[method-assign]
 
 
 def inductor_state() -> str:
@@ -260,8 +262,7 @@ def compile_fx(module: fx.GraphModule, example_inputs: list[Any], options: dict[
     """Inductor's just-in-time compile, through AOTAutograd, of a graph module on (fake) inputs."""
     from torch._inductor.compile_fx import compile_fx as inner
 
-    with sums_within_their_buffers():
-        return inner(module, example_inputs, config_patches=options or {})
+    return inner(module, example_inputs, config_patches=options or {})
 
 
 def dynamo_inputs(module: fx.GraphModule) -> list[Any]:

@@ -213,14 +213,15 @@ class Edit:
     def known(self, node: fx.Node) -> tuple[str, torch.Tensor, tuple[str, ...]] | None:
         """Name, value and names in `state` it was made from, of a placeholder that stands for a tensor of the program.
 
-        Constants that this draft made are among them. None for any other node.
+        Constants that this draft made are among them. None for any other node, and for what the program changes.
         """
         if node.name in self._names:
             name = self._names[node.name]
             return name, self._new[name], self._origin[name]
         spec = next((s for s in self.program.signature.input_specs if getattr(s.arg, "name", None) == node.name), None)
         value = self.program.tensors().get(node.name)
-        if node.op != "placeholder" or spec is None or spec.target is None or value is None:
+        changes = self.program.signature.buffers_to_mutate.values()
+        if node.op != "placeholder" or spec is None or spec.target is None or value is None or spec.target in changes:
             return None
         return spec.target, value.detach(), self.program.origin.get(spec.target, (spec.target,))
 

@@ -59,6 +59,8 @@ def refuses(node: fx.Node, constants: dict[str, str], target: Target) -> str | N
     outer, inner, *kernel = weight.meta["val"].shape
     if list(kernel) != [1, 1] or groups != 1:
         return ""
+    if x.meta["val"].dim() != 4:
+        return "its map has no batch"
     if list(stride) != [1, 1] or (not isinstance(padding, str) and any(padding)):
         return "it has steps or a border"
     if weight.name not in constants or (bias is not None and bias.name not in constants):
@@ -86,6 +88,8 @@ def follows(node: fx.Node, maps: Maps) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
         return False
     if not isinstance(node.meta.get("val"), torch.Tensor) or node.meta["val"].dim() != 4:
+        return False
+    if node.kwargs.get("memory_format") is not None:
         return False
     inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     known = all(n.meta["val"].dim() in (0, 4) or _a_channel(n) for n in inputs)
@@ -151,6 +155,7 @@ class ChannelsLast:
         if reads_strides(program.graph) is not None or not (permuted or None in asked.values()):
             return program
         maps = Maps(program.edit())
+        fresh: set[fx.Node] = set()
         linear = {maps.edit.node_of[n]: n for n, because in asked.items() if because is None}
         for node in list(maps.edit.graph.nodes):
             if node in linear:
@@ -159,10 +164,13 @@ class ChannelsLast:
             elif node.target is aten.permute.default and node.args[1] == TO_FIRST:
                 maps.last[node] = node.args[0]
             elif node.target is aten.permute.default and node.args[1] == TO_LAST and node.args[0] in maps.last:
-                maps.edit.replace(node, maps.last[node.args[0]])
+                last = maps.last[node.args[0]]
+                if str(last.meta["val"].stride()) != str(node.meta["val"].stride()):
+                    fresh.add(last)
+                maps.edit.replace(node, last)
             elif follows(node, maps):
                 follow(maps, node)
         if not maps.computed:
             return program
-        follow_strides(maps.edit, settle(maps))
+        follow_strides(maps.edit, fresh | settle(maps))
         return maps.edit.finish(self.name)

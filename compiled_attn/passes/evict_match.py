@@ -128,11 +128,17 @@ def mask_window(program: Program, index: fx.Node, mask: fx.Node, capacity: int) 
         count = _concrete(index.meta["val"].shape[0], size)
         if count > capacity:
             continue
-        for past in sorted({0, 1, capacity // 2, capacity - count}):
-            if past + count > capacity:
+        half, step = capacity // 2, max(1, capacity // 16)
+        for past in sorted(
+            {*range(0, capacity, step), 1, half - 1, half, half + 1, capacity - count - 1, capacity - count}
+        ):
+            if past < 0 or past + count > capacity:
                 continue
             known = {seen: torch.tensor(past)}
-            places, seeing = (evaluate(n, known, partial(_stand_in, program, size)) for n in (index, mask))
+            try:
+                places, seeing = (evaluate(n, known, partial(_stand_in, program, size)) for n in (index, mask))
+            except (RuntimeError, TypeError, KeyError) as error:
+                raise Unlike(f"its mask can not be asked for its values: {str(error).splitlines()[0]}") from error
             if not torch.equal(places, torch.arange(past, past + count)):
                 raise Unlike(f"{index.name} is not {seen.name} + 0, 1, 2, ...")
             if seeing.dtype != torch.bool:

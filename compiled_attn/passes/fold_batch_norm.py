@@ -66,6 +66,9 @@ def fold_one(edit: Edit, node: fx.Node, notes: Notes) -> bool:
     if x.target is aten.linear.default and x.meta["val"].dim() != 2:
         notes.miss(node, RULE, f"{x.name} has {x.meta['val'].dim()} dimensions, so its features are not the channels")
         return False
+    if x.target is not aten.linear.default and x.meta["val"].dim() != x.args[1].meta["val"].dim():
+        notes.miss(node, RULE, f"{x.name} has no batch, so its channels are not those of the norm")
+        return False
     conv_bias = x.args[2] if len(x.args) > 2 else None
     nodes = [x.args[1], conv_bias, weight, bias, mean, variance]
     values = constants(edit, nodes)
@@ -97,7 +100,8 @@ def fold_forward(edit: Edit, node: fx.Node, parts: tuple[Any, ...], notes: Notes
     nodes = [kernel_node, conv_bias, weight, bias, mean, variance]
     values = constants(edit, nodes)
     bordered = padding != "valid" if isinstance(padding, str) else any(padding)
-    if values is None or list(kernel_node.meta["val"].shape[2:]) != [1, 1] or bordered or groups != 1:
+    unbatched = conv.meta["val"].dim() != 4
+    if values is None or unbatched or list(kernel_node.meta["val"].shape[2:]) != [1, 1] or bordered or groups != 1:
         return False
     kernel, shift, g, h, m, v = values
     scale = torch.rsqrt(v + eps) if g is None else g * torch.rsqrt(v + eps)

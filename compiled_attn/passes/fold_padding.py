@@ -66,7 +66,7 @@ class FoldPadding:
                 continue
             given: Any = (*node.args, *(None, [1] * rank, [0] * rank)[len(node.args) - 2 :])
             _, weight, bias, stride, padding, *rest = given
-            total = [a + b for a, b in zip(padding, found, strict=True)]
+            total = [a + b for a, b in zip(padding if len(padding) == rank else padding * rank, found, strict=True)]
             with edit.graph.inserting_before(node):
                 new = edit.call(node.target, (pad.args[0], weight, bias, stride, total, *rest), node.kwargs, like=node)
             edit.replace(node, new)

@@ -58,7 +58,9 @@ def fold_one(edit: Edit, node: fx.Node, notes: Notes) -> bool:
     if len(given) < len(parts):
         return False
     (_, weight, _), *_, (_, scale, _) = given
-    if scale.dim() == 0 or not scale.shape[-1] == scale.numel() == weight.shape[0]:
+    if weight.dim() != 2 or not 0 < scale.dim() <= linear.meta["val"].dim():
+        return False
+    if not scale.shape[-1] == scale.numel() == weight.shape[0]:
         return False
     if len(linear.users) != 1:
         notes.miss(node, RULE, f"{linear.name} is read {len(linear.users)} times")

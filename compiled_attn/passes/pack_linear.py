@@ -109,6 +109,8 @@ def describe(node: fx.Node, program: Program, constants: Mapping[str, str]) -> L
         return f"no packed product for {str(value.dtype).removeprefix('torch.')}, only for float32 and bfloat16"
     if x.meta["val"].dtype != value.dtype:
         return f"its input is {x.meta['val'].dtype} and its weight {value.dtype}"
+    if value.dim() != 2:
+        return f"its weight has {value.dim()} dimension"
     transposed = node.target is not aten.linear.default
     inner, outer = value.shape if transposed else reversed(value.shape)
     if not isinstance(inner, int) or not isinstance(outer, int):

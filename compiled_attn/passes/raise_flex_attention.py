@@ -23,6 +23,7 @@ from compiled_attn.ir.program import Edit, Program
 from compiled_attn.ir.text import target_text
 from compiled_attn.passes.match.positions import Numbering
 from compiled_attn.passes.match.windows import Groups, grids, patterns
+from compiled_attn.passes.strides import follow_strides, moved
 
 if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
@@ -90,13 +91,16 @@ def match(program: Program, node: fx.Node) -> Found | str:
         known = numbering.constant(value) if isinstance(value, fx.Node) else None
         if known is None:
             return f"its functions read {value}, which depends on the input"
-        reads.append(known)
+        reads.append(known.cpu())
     because = unread(call)
     if because is not None:
         return because
     split = len(call.score_reads)
-    visible = asked(call.mask, [], (differ, n, m), reads[split:]).bool()
-    added = asked(call.score, [torch.zeros(())], (differ, n, m), reads[:split])
+    try:
+        visible = asked(call.mask, [], (differ, n, m), reads[split:]).bool()
+        added = asked(call.score, [torch.zeros(())], (differ, n, m), reads[:split])
+    except (RuntimeError, TypeError) as error:
+        return f"its functions can not be asked about every pair: {str(error).splitlines()[0]}"
     visible = alike(visible & ~added.isneginf())
     known_bias = alike(added.masked_fill(added.isneginf(), 0.0))
     names = {x for value in (*call.score_reads, *call.mask_reads) for x in numbering.made_from(value)}
@@ -104,6 +108,9 @@ def match(program: Program, node: fx.Node) -> Found | str:
     if says is None:
         return f"its mask over {n} queries and {m} keys follows no window, neighborhood or order"
     bias = known_bias if bool(known_bias.any()) else None
+    dtype = call.q.meta["val"].dtype
+    if bias is not None and not torch.equal(bias.to(dtype).to(bias.dtype), bias):
+        return f"what its score function adds would be rounded to {dtype}"
     causal = says == "all earlier keys" and bias is None and n == m
     mask = None if causal or bool(visible.all()) else visible
     return Found(call, causal, mask, bias, tuple(sorted(names)), says)
@@ -195,12 +202,12 @@ def pattern(visible: torch.Tensor) -> str | None:
     return next(("a local pattern" for grid in grids(n, []) if next(patterns(groups, grid, grid), None)), None)
 
 
-def write(edit: Edit, node: fx.Node, found: Found) -> None:
-    """Puts plain attention in the call's place; the rows of shared heads are spread."""
+def write(edit: Edit, node: fx.Node, found: Found) -> dict[fx.Node, fx.Node]:
+    """Puts plain attention in the call's place, {new result: old}; the rows of shared heads are spread."""
     new, call = edit.node_of[node], found.call
     first = next((user for user in new.users if user.args[1] == 0), None)
     if first is None:
-        return
+        return {}
     with edit.graph.inserting_before(new):
         q, k, v = (edit.node_of[x] for x in (call.q, call.k, call.v))
         k, v = (_spread(edit, new, x, q.meta["val"].shape[1]) for x in (k, v))
@@ -210,9 +217,11 @@ def write(edit: Edit, node: fx.Node, found: Found) -> None:
             kept = kept if found.mask is None else kept.masked_fill(~found.mask, float("-inf"))
         mask = None
         if kept is not None:
-            mask = edit.constant(f"{node.name}_mask", kept.unsqueeze(0), made_from=found.made_from)
+            kept = kept.unsqueeze(0).to(q.meta["val"].device)
+            mask = edit.constant(f"{node.name}_mask", kept, made_from=found.made_from)
         out = edit.call(SDPA, (q, k, v, mask, 0.0, found.causal), {"scale": call.scale}, like=new)
     edit.replace(first, out)
+    return {out: first}
 
 
 def _spread(edit: Edit, like: fx.Node, x: fx.Node, heads: int) -> fx.Node:
@@ -238,6 +247,7 @@ class RaiseFlexAttention:
         if program.mode != "inference":
             return program
         edit = None
+        written: dict[fx.Node, fx.Node] = {}
         for node in program.graph.nodes:
             if node.target is not FLEX:
                 continue
@@ -246,8 +256,11 @@ class RaiseFlexAttention:
                 notes.miss(node, self.name, found)
                 continue
             edit = edit or program.edit()
-            write(edit, node, found)
+            written |= write(edit, node, found)
             notes.did(
                 node, self.name, f"attention to {found.says}" + (" with a bias" if found.bias is not None else "")
             )
-        return program if edit is None else edit.finish(self.name)
+        if edit is None:
+            return program
+        follow_strides(edit, moved(written))
+        return edit.finish(self.name)

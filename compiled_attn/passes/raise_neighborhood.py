@@ -29,6 +29,7 @@ from compiled_attn.passes.match.probabilities import reached
 from compiled_attn.passes.match.rebuild import Builder
 from compiled_attn.passes.match.scores import Scores, climb
 from compiled_attn.passes.match.softmax import softmax
+from compiled_attn.passes.strides import follow_strides, moved
 
 if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
@@ -60,6 +61,9 @@ def match(program: Program, node: fx.Node) -> Found | str | None:
     """The neighborhoods that a node mixes; a sentence where it nearly does; None for any other product."""
     because = None
     for mixing in mixings(node):
+        kinds = {n.meta["val"].dtype for n in (mixing.values, mixing.weights, node)}
+        if len(kinds) != 1 or not kinds.pop().is_floating_point:
+            continue
         numbering = Numbering.of(program, [mixing.values])
         windows = None if numbering is None else windows_of(mixing, numbering)
         if isinstance(windows, Windows) and numbering is not None:
@@ -101,7 +105,7 @@ def fold_behind(found: Found) -> fx.Node | None:
         if following is None:
             return None
         value, node = following, user
-    fold = next(iter(node.users))
+    fold = next(iter(node.users), node)
     if len(node.users) != 1 or fold.target is not aten.col2im.default:
         return None
     size_yx, kernel, dilation, padding, stride = fold_options(fold)
@@ -132,8 +136,8 @@ def arranged(found: Found, value: Any, builder: Builder | None = None) -> Any:
     return builder.call(aten.permute.default, builder.call(aten.reshape.default, moved, sizes), back)
 
 
-def write(edit: Edit, node: fx.Node, found: Found) -> None:
-    """Puts the op in the product's place, and slices in the fold's."""
+def write(edit: Edit, node: fx.Node, found: Found) -> dict[fx.Node, fx.Node]:
+    """Puts the op in the product's place, and slices in the fold's: {new result: old}."""
     windows, m, d = found.windows, found.mixes, found.width
     end = found.fold or node
     with edit.graph.inserting_before(edit.node_of[end]):
@@ -150,6 +154,7 @@ def write(edit: Edit, node: fx.Node, found: Found) -> None:
         else:
             out = _folded(builder, found.fold, out)
     edit.replace(edit.node_of[end], out)
+    return {out: end}
 
 
 def _weights(builder: Builder, found: Found) -> fx.Node:
@@ -225,6 +230,7 @@ class RaiseNeighborhood:
         if program.mode != "inference":
             return program
         edit = None
+        written: dict[fx.Node, fx.Node] = {}
         left: set[fx.Node] | None = None
         for node in program.graph.nodes:
             if node.op != "call_function" or next(mixings(node), None) is None:
@@ -236,11 +242,9 @@ class RaiseNeighborhood:
             if not isinstance(found, Found):
                 continue
             edit = edit or program.edit()
-            write(edit, node, found)
+            written |= write(edit, node, found)
             notes.did(node, RULE, said(found))
         if edit is None:
             return program
-        for node in edit.graph.nodes:
-            if node.target is aten.view.default:  # what it views may now lie in another memory order
-                node.target = aten.reshape.default
+        follow_strides(edit, moved(written))
         return edit.finish(self.name)

@@ -27,6 +27,7 @@ from compiled_attn.passes.match.positions import Numbering
 from compiled_attn.passes.match.scores import Scores, climb
 from compiled_attn.passes.match.softmax import softmax
 from compiled_attn.passes.match.table import ULPS
+from compiled_attn.passes.strides import follow_strides, moved
 
 if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
@@ -85,6 +86,8 @@ def _mixture(program: Program, mixed: fx.Node, v: fx.Node, *, turned: bool) -> M
     found = tuple(t for t in terms if t is not None)
     if len(found) != 2 or all(t.known is not None for t in found):
         return None
+    if len(shape(v)) != 4 or any(t.known is not None and t.known.shape[0] != shape(v)[1] for t in found):
+        return None
     return Mixture(found, v, total is not None, turned)
 
 
@@ -108,8 +111,10 @@ def _term(program: Program, node: fx.Node, numbering: Numbering) -> Term | None:
         if len(values.readers(node)) != 1:
             return None
         sides: Any = node.args
+        if any(len(shape(side)) != 4 for side in sides):
+            return None
         factor, node = sides if is_one(shape(sides[0])[-1]) else sides[::-1]
-        if not is_one(shape(factor)[-1]) or len(shape(factor)) != 4:
+        if not is_one(shape(factor)[-1]):
             return None
     found = softmax(node)
     if found is None or found.dim != 3 or len(shape(node)) != 4 or len(values.readers(node)) != 1:
@@ -140,8 +145,8 @@ def _divisors(n: int) -> Iterator[int]:
     yield from sorted((d for d in range(2, n) if n % d == 0), key=lambda d: abs(d * d - n))
 
 
-def write(edit: Edit, node: fx.Node, found: Mixture) -> str:
-    """Puts the sum of the parts' products in the place of the product; says what was made of the known part."""
+def write(edit: Edit, node: fx.Node, found: Mixture) -> tuple[fx.Node, str]:
+    """Puts the sum of the parts' products in the place of the product; tells it and what the known part became."""
     new = edit.node_of[node]
     said = "probabilities added as another product"
     with edit.graph.inserting_before(new):
@@ -171,7 +176,7 @@ def write(edit: Edit, node: fx.Node, found: Mixture) -> str:
         if found.turned:
             out = call(aten.transpose.int, out, 2, 3)
     edit.replace(new, out)
-    return said
+    return out, said
 
 
 def _applied(edit: Edit, like: fx.Node, term: Term, v: fx.Node) -> tuple[fx.Node, str]:
@@ -212,10 +217,16 @@ class SplitMixedAttention:
         if program.mode != "inference":
             return program
         edit = None
+        written: dict[fx.Node, fx.Node] = {}
         for node in program.graph.nodes:
             found = match(program, node) if node.op == "call_function" else None
             if found is None:
                 continue
             edit = edit or program.edit()
-            notes.did(node, self.name, write(edit, node, found))
-        return program if edit is None else edit.finish(self.name)
+            out, said = write(edit, node, found)
+            written[out] = node
+            notes.did(node, self.name, said)
+        if edit is None:
+            return program
+        follow_strides(edit, moved(written))
+        return edit.finish(self.name)

@@ -9,6 +9,7 @@ makes no difference between a view and a reshape.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ def reads_strides(graph: fx.Graph) -> fx.Node | None:
     return next((n for n in graph.nodes if n.op == "call_function" and n.target in READS_STRIDES), None)
 
 
+def moved(written: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """Those nodes whose strides are not those of the nodes that they stand for."""
+    return {new for new, old in written.items() if _strides(new.meta["val"]) != _strides(old.meta["val"])}
+
+
 def follow_strides(edit: Edit, fresh: set[fx.Node]) -> None:
     """Recomputes the values of what follows the nodes `fresh`, whose strides are not those that stood there before."""
     mode = edit.program.fake_mode
@@ -37,7 +43,7 @@ def follow_strides(edit: Edit, fresh: set[fx.Node]) -> None:
         if node.op != "call_function" or not changed.intersection(node.all_input_nodes) or node in fresh:
             continue
         known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-        if node.meta.get("unbacked_bindings") or not known:
+        if node.meta.get("unbacked_bindings") or not known or "val" not in node.meta:
             continue
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default

@@ -111,9 +111,21 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
             do="give it cache_shapes() and cached(...), as runtime.decoder.Cached says",
         )
     token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    with torch.no_grad():
-        cache = model(input_ids=token, use_cache=True).past_key_values
-    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
+    training = model.training
+    try:
+        with torch.no_grad():
+            cache = model.eval()(input_ids=token, use_cache=True).past_key_values
+    finally:
+        model.train(training)
+    layers: Any = getattr(cache, "layers", ())
+    found: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    if not found or any(k is None or v is None or k.dim() != 4 for k, v in found):
+        raise CaptureError(
+            f"{type(model).__name__} keeps no keys and values for every layer",
+            facts=f"one token leaves a {type(cache).__name__} of {len(found)} layers, some without them",
+            do="give it cache_shapes() and cached(...), as runtime.decoder.Cached says",
+        )
+    return [(k.shape[1], k.shape[3], v.shape[3]) for k, v in found]
 
 
 def captured(model: nn.Module, capacity: int, *, prompt: bool, batch: int | None = None, last: bool = False) -> Program:

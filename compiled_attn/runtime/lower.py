@@ -34,8 +34,9 @@ _lock = threading.Lock()
 
 
 def register() -> None:
-    """Gives Inductor the lowerings of the C++ templates. Again is free; any thread may call it."""
+    """Gives Inductor the lowerings of the C++ templates, and mends it. Again is free; any thread may call it."""
     with _lock:
+        _torch.keep_sums_within_their_buffers()
         for name, lowering in registry.CPP_LOWERINGS.items():
             _torch.register_inductor_lowering(OPS[name].overload, lowering)
 

@@ -121,6 +121,34 @@ def test_other_targets_keep_their_convolutions():
     assert ChannelsLast().run(program, targets.load("a100"), Notes()) is program
 
 
+def test_a_map_without_a_batch_keeps_its_convolution():
+    program, notes = capture(nn.Conv2d(C, C, 1).eval(), (torch.randn(C, 9, 10),), {}), Notes()
+    assert ChannelsLast().run(program, SERVER, notes) is program
+    assert [m.because for m in notes.of(RULE).misses] == ["its map has no batch"]
+
+
+class Permuted(nn.Module):
+    """Layouts that the caller asked for: of the result, and of a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        y = F.relu(self.conv(x))
+        return y.permute(0, 2, 3, 1), y.to(memory_format=torch.channels_last) + 1, y.permute(0, 2, 3, 1).contiguous()
+
+
+def test_results_keep_their_numbers_and_dense_ones_stay_dense():
+    program = program_of(Permuted)
+    changed = ChannelsLast().run(program, SERVER, Notes())
+    verify(changed, program, after=RULE)
+    x = torch.randn(2, C, 9, 10)
+    for found, wanted in zip(changed(x), program(x), strict=True):
+        near(found, wanted, 1e-5)
+        assert found.is_contiguous() or not wanted.is_contiguous()
+
+
 class Network(nn.Module):
     def __init__(self):
         super().__init__()

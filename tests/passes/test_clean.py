@@ -301,6 +301,47 @@ def test_a_border_of_zeros_goes_into_the_convolution(ends, options, folds):
     torch.testing.assert_close(changed(x), program(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_border_goes_into_a_convolution_with_one_number_for_all_axes():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+
+        def forward(self, x):
+            return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 2, 2)), self.weight, padding=[1], stride=[2])
+
+    program, changed, _, _ = run(One(), torch.randn(2, 4, 9, 8), passes=(FoldPadding(),))
+    torch.testing.assert_close(changed(x := torch.randn(2, 4, 9, 8)), program(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [16, 20])
+def test_a_convolution_without_a_batch_keeps_its_norm(count):
+    model = lively(nn.Sequential(nn.Conv1d(3, 16, 1), nn.BatchNorm1d(count)))
+    nn.init.uniform_(model[1].running_mean, -1, 1)
+    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    x = torch.randn(3, count)
+    program, changed, _, _ = run(model, x)
+    torch.testing.assert_close(changed(x), program(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_factor_of_more_dimensions_or_of_a_vectors_product_stays():
+    class More(LayerScale):
+        def forward(self, x):
+            return self.linear(x) * self.gamma.view(1, 1, 8)
+
+    class Vector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.gamma = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight) * self.gamma
+
+    for model, x in ((More(), torch.randn(3, 6)), (Vector(), torch.randn(6, 6))):
+        program, changed, _, _ = run(model, x, passes=(FoldScale(),))
+        assert changed is program
+
+
 def test_a_border_of_other_values_stays():
     model = nn.Sequential(nn.ConstantPad2d(1, 2.0), nn.Conv2d(4, 6, 3))
     program, changed, _, _ = run(model, torch.randn(2, 4, 9, 8), passes=(FoldPadding(),))

@@ -155,3 +155,17 @@ class Halo(nn.Module):
 def test_attention_over_windows_is_left_to_the_passes_that_raise_attention():
     before, after, notes = raised(Halo(), (6, 8))
     assert after is before and not notes.misses
+
+
+class Other(nn.Module):
+    """Windows of whole numbers, and weights of another type than theirs."""
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (F.pad(x, (1, 1)).unfold(1, 3, 1) * weights).sum(-1)
+
+
+@pytest.mark.parametrize("types", [(torch.int64, torch.int64), (torch.bfloat16, torch.float32)])
+def test_windows_of_other_types_are_left_alone(types: tuple[torch.dtype, torch.dtype]) -> None:
+    given = (torch.ones(2, 7, dtype=types[0]), torch.ones(2, 7, 3, dtype=types[1]))
+    program = capture(Other(), given, {})
+    assert RaiseNeighborhood().run(program, CPU, Notes()) is program

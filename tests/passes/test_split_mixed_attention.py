@@ -103,3 +103,20 @@ def test_probabilities_bent_in_one_pair_are_no_product_of_rows_and_columns():
     assert found is not None and (found[0] - rows).abs().max() < 1e-6 and (found[1] - columns).abs().max() < 1e-6
     known[0, 5, 7] += 1e-4
     assert factors_of(known) is None
+
+
+class Weighted(nn.Module):
+    """A product with a sum whose factor is one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, a, b, v):
+        return (self.alpha * a + b) @ v, (b + a * self.alpha) @ v
+
+
+def test_a_sum_with_one_number_as_a_factor_is_left_alone():
+    given = (torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 5))
+    program = capture(Weighted(), given, {})
+    assert SplitMixedAttention().run(program, targets.load("cpu"), Notes()) is program

@@ -173,6 +173,7 @@ def test_a_model_that_torch_compiled_before_still_gets_its_templates(monkeypatch
             return local_attention(*qkv.unbind(2), window=[3], scale=1.0)
 
     monkeypatch.delitem(lowering.lowerings, local_attention.overload, raising=False)  # as in a process of its own
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
     torch._dynamo.reset()
     x = torch.randn(1, 9, 3, 2, 8)
     with torch.no_grad():

@@ -54,6 +54,23 @@ def test_gradients_and_statistics_equal_eager_at_two_batch_sizes_with_one_captur
     assert [n.where for n in trained.builds[-1].notes.done if n.rule == "raise-attention"] == ["attn"]
 
 
+class Windows(torch.nn.Module):
+    """Overlapping windows, whose gradients are summed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.unfold(x, 3, padding=1, stride=2).view(2, 4, 9, 49).permute(0, 3, 2, 1).sin()
+
+
+def test_gradients_of_overlapping_windows_equal_eager():
+    fast = compile_train(Windows(), None, None, Settings.of("cpu", mode="train"))
+    x = torch.randn(2, 4, 14, 14, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    weights = torch.randn(2, 49, 9, 4)
+    (fast(x) * weights).sum().backward()
+    (Windows()(y) * weights).sum().backward()
+    assert worst(x.grad, y.grad) < 1e-5
+
+
 def test_an_optimizer_step_on_either_module_is_seen_by_the_next_call(trained):
     trained.train()
     x = pictures(4).requires_grad_()
