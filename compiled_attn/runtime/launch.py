@@ -24,7 +24,13 @@ from compiled_attn.ops.templates import (
     triton_select_tokens,
 )
 from compiled_attn.ops.templates.triton_config import Config, block_of
-from compiled_attn.runtime import launch_cached, launch_depthwise, launch_local, launch_neighborhood
+from compiled_attn.runtime import (
+    launch_cached,
+    launch_depthwise,
+    launch_local,
+    launch_local_backward,
+    launch_neighborhood,
+)
 from compiled_attn.runtime.triton_run import interpreted, run
 
 
@@ -76,6 +82,7 @@ def _operators() -> dict[str, Any]:
         for op, launch in launches.items()
     }
     launch_depthwise.differentiable(found["depthwise_block"], found["depthwise_weight_gradient"])
+    launch_local_backward.differentiable(found["local_attention"])
     return found
 
 

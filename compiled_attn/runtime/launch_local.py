@@ -76,8 +76,8 @@ def local_attention(
     out = q.new_empty((*q.shape[:-1], width_v))
     tile = triton_local_attention.tiles(q, k, axes, config)
     grid = q.shape[0] * heads * triton_local_attention.programs(axes, tile, q.shape[1 : 1 + rank])
-    rows = [_numbers(NO_AXIS, 1, 1, 1)] * missing
-    rows += [_numbers(a, q.shape[1 + i], k.shape[1 + i], tile[i]) for i, a in enumerate(axes)]
+    rows = [numbers(NO_AXIS, 1, 1, 1)] * missing
+    rows += [numbers(a, q.shape[1 + i], k.shape[1 + i], tile[i]) for i, a in enumerate(axes)]
     run(kernel, (grid,))(
         q,
         k,
@@ -85,12 +85,12 @@ def local_attention(
         q if bias is None else bias,
         q if relative is None else relative,
         out,
-        *_spread(q.stride(), 1, missing),
-        *_spread(k.stride(), 1, missing),
-        *_spread(v.stride(), 1, missing),
-        *_spread(out.stride()[:-1], 1, missing),
-        *((0,) * 4 if bias is None else _spread(bias.stride(), 1, missing)),
-        *((0,) * 6 if relative is None else _spread(relative.stride(), 1, missing)),
+        *spread(q.stride(), 1, missing),
+        *spread(k.stride(), 1, missing),
+        *spread(v.stride(), 1, missing),
+        *spread(out.stride()[:-1], 1, missing),
+        *((0,) * 4 if bias is None else spread(bias.stride(), 1, missing)),
+        *((0,) * 6 if relative is None else spread(relative.stride(), 1, missing)),
         scale,
         heads,
         BORDERS.index(axes[0].border),
@@ -112,12 +112,12 @@ def local_attention(
     return out
 
 
-def _spread(strides: tuple[Any, ...], first: int, missing: int) -> tuple[Any, ...]:
+def spread(strides: tuple[Any, ...], first: int, missing: int) -> tuple[Any, ...]:
     """Strides with those of the missing axes, which are never moved along, behind the first."""
     return (*strides[:first], *(0,) * missing, *strides[first:])
 
 
-def _numbers(axis: Axis, queries: Any, keys: Any, tile: int) -> tuple[Any, ...]:
+def numbers(axis: Axis, queries: Any, keys: Any, tile: int) -> tuple[Any, ...]:
     """An axis in the order of the kernel's arguments."""
     pattern = (axis.window, axis.stride, axis.block, axis.dilation, axis.shift, int(axis.causal))
     return (queries, keys, *pattern, tile)

@@ -33,6 +33,8 @@ def test_what_is_chosen_for_heads_of_64_compiles_within_the_limits_of_every_targ
         "depthwise",
         "depthwise_gradient",
         "local_attention",
+        "local_attention_columns",
+        "local_attention_rows",
         "neighborhood",
         "ragged_attention",
         "select_tokens",
