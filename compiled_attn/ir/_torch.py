@@ -10,7 +10,7 @@ import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -241,6 +241,49 @@ def keep_sums_within_their_buffers() -> None:
 
     once.moves_once = True  # type: ignore[attr-defined]
     CppTile2DKernel.store = once  # type: ignore[method-assign]
+
+
+def keep_permutations_of_attention() -> None:
+    """Mends Inductor for this process, plain torch.compile included; again is free.
+
+    Its patterns of attention take any permutation of a query, key or value for the usual one of tokens and heads (torch
+    2.11 to 2.13): attention among channels became attention among tokens. A match that has another one is let be.
+    """
+    from torch._inductor.pattern_matcher import ReplacementPatternEntry
+
+    apply = ReplacementPatternEntry.apply
+    if getattr(apply, "keeps_permutations", False):
+        return
+
+    def checked(self: Any, match: Any, graph: fx.Graph, node: fx.Node) -> None:
+        made = getattr(match.replacement_graph, "graph", match.replacement_graph)
+        attends = any("scaled_dot_product" in str(n.target) for n in made.nodes)
+        if not attends or _permuted_as_usual(match.nodes):
+            apply(self, match, graph, node)
+
+    checked.keeps_permutations = True  # type: ignore[attr-defined]
+    ReplacementPatternEntry.apply = checked  # type: ignore[method-assign]
+
+
+def _permuted_as_usual(nodes: Sequence[fx.Node]) -> bool:
+    """Whether attention written in those nodes exchanges tokens and heads at most, and rows and columns of the key."""
+
+    def permutations(node: Any) -> list[tuple[int, ...]]:
+        """Of an operand of a product, from the operand back to where the nodes begin."""
+        found = []
+        while node in nodes:
+            if node.target is torch.ops.aten.permute.default:
+                found.append(tuple(d % len(node.args[1]) for d in node.args[1]))
+            node = next(iter(node.all_input_nodes), None)
+        return found
+
+    products = [n for n in nodes if n.target in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)]
+    if len(products) != 2:
+        return False
+    scores, out = sorted(products)
+    query, key, value = (permutations(n) for n in (scores.args[0], scores.args[1], out.args[1]))
+    transposed = key[:1] in ([(0, 2, 1)], [(0, 1, 3, 2)])
+    return transposed and all(p == (0, 2, 1, 3) for p in (*query, *key[1:], *value))
 
 
 def inductor_state() -> str:

@@ -109,3 +109,21 @@ def test_a_marked_dimension_is_left_symbolic_by_dynamo():
     _torch.mark_dynamic(x, frozenset({0}))
     torch.compile(lambda x: x * 2, backend=catch)(x)
     assert [type(n) for n in seen[0]] == [torch.SymInt, int]
+
+
+def test_inductor_keeps_permutations_of_attention():
+    """Without the mend its patterns take each of these for the usual exchange of tokens and heads."""
+    usual, unusual = (0, 2, 1, 3), ((0, 2, 3, 1), (1, 0, 3, 2), (0, 3, 1, 2))
+
+    def attend(q, k, v):
+        return (q @ k.transpose(2, 3) * 0.2).softmax(3) @ v
+
+    def forms(q, k, v):
+        return [attend(q.permute(p), k.permute(p), v.permute(p)) for p in (usual, *unusual)]
+
+    _torch.keep_permutations_of_attention()
+    given = torch.randn(3, 2, 8, 2, 8).unbind(0)
+    wanted = forms(*(t.double() for t in given))
+    with torch.no_grad():
+        for found, want in zip(torch.compile(forms)(*given), wanted, strict=True):
+            assert (found - want).abs().max() < 1e-5

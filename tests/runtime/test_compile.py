@@ -221,3 +221,16 @@ def test_a_target_that_is_not_here_is_refused_with_what_can_be_done():
     with pytest.raises(TargetError, match="target a100 is not at hand") as caught:
         ca.compile(Small().eval(), target="a100")
     assert "export" in caught.value.do and "explain" in caught.value.do
+
+
+def test_attention_among_the_channels_of_many_pixels_stays_attention_among_channels():
+    """Too wide for the template: Inductor is given it, batch and heads of one picture exchanged."""
+
+    class Channels(torch.nn.Module):
+        def forward(self, x):
+            q, k, v = x.unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+            return ((0.3 * k).transpose(2, 3) @ v).softmax(3) @ q.transpose(2, 3)
+
+    x = torch.randn(1, 600, 48)
+    fast = ca.compile(Channels(), example_inputs=(x,))
+    torch.testing.assert_close(fast(x), Channels()(x.double()).float(), atol=1e-5, rtol=1e-5)
