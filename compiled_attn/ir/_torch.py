@@ -243,41 +243,49 @@ def keep_sums_within_their_buffers() -> None:
     CppTile2DKernel.store = once  # type: ignore[method-assign]
 
 
-def keep_permutations_of_attention() -> None:
+def keep_axes_of_attention() -> None:
     """Mends Inductor for this process, plain torch.compile included; again is free.
 
-    Its patterns of attention take any permutation of a query, key or value for the usual one of tokens and heads (torch
-    2.11 to 2.13): attention among channels became attention among tokens. A match that has another one is let be.
+    Its patterns of attention take any permutation of a query, key or value for the usual one of tokens and heads, and a
+    softmax over any axis for one over the keys (torch 2.11 to 2.13): attention among channels became attention among
+    tokens. A match that has other axes is let be.
     """
     from torch._inductor.pattern_matcher import ReplacementPatternEntry
 
     apply = ReplacementPatternEntry.apply
-    if getattr(apply, "keeps_permutations", False):
+    if getattr(apply, "keeps_axes", False):
         return
 
     def checked(self: Any, match: Any, graph: fx.Graph, node: fx.Node) -> None:
         made = getattr(match.replacement_graph, "graph", match.replacement_graph)
         attends = any("scaled_dot_product" in str(n.target) for n in made.nodes)
-        if not attends or _permuted_as_usual(match.nodes):
+        if not attends or _over_usual_axes(match.nodes):
             apply(self, match, graph, node)
 
-    checked.keeps_permutations = True  # type: ignore[attr-defined]
+    checked.keeps_axes = True  # type: ignore[attr-defined]
     ReplacementPatternEntry.apply = checked  # type: ignore[method-assign]
 
 
-def _permuted_as_usual(nodes: Sequence[fx.Node]) -> bool:
-    """Whether attention written in those nodes exchanges tokens and heads at most, and rows and columns of the key."""
+def _over_usual_axes(nodes: Sequence[fx.Node]) -> bool:
+    """Whether attention written in those nodes permutes nothing but tokens and heads, and the key's last two axes, and
+    whether its softmax is over the last axis."""
+    aten = torch.ops.aten
 
     def permutations(node: Any) -> list[tuple[int, ...]]:
         """Of an operand of a product, from the operand back to where the nodes begin."""
         found = []
         while node in nodes:
-            if node.target is torch.ops.aten.permute.default:
+            if node.target is aten.permute.default:
                 found.append(tuple(d % len(node.args[1]) for d in node.args[1]))
             node = next(iter(node.all_input_nodes), None)
         return found
 
-    products = [n for n in nodes if n.target in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)]
+    for n in nodes:
+        if n.target in (aten.amax.default, aten.sum.dim_IntList, aten._softmax.default):
+            last = n.all_input_nodes[0].meta["val"].dim() - 1
+            if n.args[1] not in (-1, last, [-1], [last]):
+                return False
+    products = [n for n in nodes if n.target in (aten.bmm.default, aten.mm.default)]
     if len(products) != 2:
         return False
     scores, out = sorted(products)

@@ -37,7 +37,7 @@ def register() -> None:
     """Gives Inductor the lowerings of the C++ templates, and mends it. Again is free; any thread may call it."""
     with _lock:
         _torch.keep_sums_within_their_buffers()
-        _torch.keep_permutations_of_attention()
+        _torch.keep_axes_of_attention()
         for name, lowering in registry.CPP_LOWERINGS.items():
             _torch.register_inductor_lowering(OPS[name].overload, lowering)
 

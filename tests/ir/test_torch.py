@@ -111,18 +111,19 @@ def test_a_marked_dimension_is_left_symbolic_by_dynamo():
     assert [type(n) for n in seen[0]] == [torch.SymInt, int]
 
 
-def test_inductor_keeps_permutations_of_attention():
-    """Without the mend its patterns take each of these for the usual exchange of tokens and heads."""
+def test_inductor_keeps_axes_of_attention():
+    """Without the mend its patterns take each of these for the usual exchange of tokens and heads, or softmax."""
     usual, unusual = (0, 2, 1, 3), ((0, 2, 3, 1), (1, 0, 3, 2), (0, 3, 1, 2))
 
-    def attend(q, k, v):
-        return (q @ k.transpose(2, 3) * 0.2).softmax(3) @ v
+    def attend(q, k, v, axis=3):
+        return (q @ k.transpose(2, 3) * 0.2).softmax(axis) @ v
 
     def forms(q, k, v):
-        return [attend(q.permute(p), k.permute(p), v.permute(p)) for p in (usual, *unusual)]
+        found = [attend(q.permute(p), k.permute(p), v.permute(p)) for p in (usual, *unusual)]
+        return [*found, attend(q, k, v, axis=2), attend(q, k, v, axis=1)]
 
-    _torch.keep_permutations_of_attention()
-    given = torch.randn(3, 2, 8, 2, 8).unbind(0)
+    _torch.keep_axes_of_attention()
+    given = torch.randn(3, 2, 8, 8, 4).unbind(0)
     wanted = forms(*(t.double() for t in given))
     with torch.no_grad():
         for found, want in zip(torch.compile(forms)(*given), wanted, strict=True):
