@@ -544,10 +544,12 @@ def cpp_template(
     outputs: list[tuple[torch.dtype, list[Any], list[Any]]],
     source: Callable[[dict[str, Any]], tuple[str, str]],
     scalars: dict[str, Any] | None = None,
+    strided: frozenset[str] = frozenset(),
 ) -> tuple[Any, ...]:
     """Inside a lowering: one kernel that fills `outputs`, each (dtype, sizes, strides); returns Inductor's values.
 
-    inputs: name -> Inductor value; read in place where its last dimension is dense, else copied.
+    inputs: name -> Inductor value; read in place where its last dimension is dense, else copied; those in `strided` are
+    read in place by any strides.
     source: CppViews by name (`out_0`, `out_1`, ...; None for an output that nothing reads) and the expressions of
     `scalars`, which may be symbolic -> header text, statements.
     Nothing is fused behind the kernel. Several outputs leave as the buffers of a multi-output template, each with its
@@ -558,7 +560,7 @@ def cpp_template(
     from torch._inductor.utils import Placeholder
     from torch._inductor.virtualized import V
 
-    nodes = {k: _dense_last(v) for k, v in inputs.items()}
+    nodes = {k: _in_place(v, dense_last=k not in strided) for k, v in inputs.items()}
     device = next(iter(nodes.values())).get_device()
     layouts = [ir.FixedLayout(device, dtype, sizes, strides) for dtype, sizes, strides in outputs]
     template = _cpp_template_class()(name, nodes, layouts[0], source, scalars or {})
@@ -582,8 +584,8 @@ def cpp_template(
     return tuple(ir.TensorBox.create(part) for part in parts)
 
 
-def _dense_last(value: Any) -> Any:
-    """An Inductor value as a buffer or a strided view of one, its last dimension dense (or of one element)."""
+def _in_place(value: Any, *, dense_last: bool = True) -> Any:
+    """An Inductor value as a buffer or a strided view of one; with `dense_last`, its last dimension is (or has one)."""
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
@@ -602,7 +604,7 @@ def _dense_last(value: Any) -> Any:
     node = unwrapped(value)
     base = V.graph.get_dtype(node.get_name())
     known = V.graph.sizevars.statically_known_equals
-    dense = known(node.get_stride()[-1], 1) or known(node.get_size()[-1], 1)
+    dense = not dense_last or known(node.get_stride()[-1], 1) or known(node.get_size()[-1], 1)
     return node if dense and base == node.get_dtype() else unwrapped(ir.ExternKernel.copy_input(value))
 
 

@@ -256,6 +256,23 @@ def local_attention(
     )
 
 
+def neighborhood_apply(
+    variant: Variant, weights: torch.Tensor, v: torch.Tensor, out: torch.Tensor, axes: tuple[Axis, ...]
+) -> None:
+    """Fills `out` [B, *L, H, M, Dv]; every tensor is read or written by its strides."""
+    missing = 3 - len(axes)
+    rows = [(1, 1, Axis(1))] * missing + list(zip(weights.shape[1:-3], v.shape[1:-2], axes, strict=True))
+    numbers = [n for queries, keys, a in rows for n in (queries, keys, *axis_numbers(a))]
+    strides = [n for t in (weights, v, out) for n in (t.stride(0), *[0] * missing, *t.stride()[1:])]
+    library(variant).call_neighborhood(
+        int(v.dtype == torch.bfloat16),
+        longs([v.shape[0], v.shape[-2], weights.shape[-2], v.shape[-1]]),
+        longs(numbers),
+        longs(strides[:-1]),
+        *(pointer(t) for t in (weights, v, out)),
+    )
+
+
 def depthwise(variant: Variant, tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor, options: dict) -> None:
     """Fills `out` [B, C, Y, X]; the maps' channel stride is 1. The activation is "none" or "silu"."""
     x, weight, _, gate, residual, *_ = tensors

@@ -13,6 +13,7 @@ from compiled_attn.ops.templates import (
     cpp_depthwise_gradient,
     cpp_gemm,
     cpp_local_attention,
+    cpp_neighborhood,
     cpp_ragged_attention,
     cpp_select_tokens,
     triton_attention,
@@ -36,6 +37,7 @@ TEMPLATES: list[Template] = [
     cpp_depthwise_gradient.TEMPLATE,
     cpp_gemm.TEMPLATE,
     cpp_local_attention.TEMPLATE,
+    cpp_neighborhood.TEMPLATE,
     cpp_ragged_attention.TEMPLATE,
     cpp_select_tokens.TEMPLATE,
     triton_attention.TEMPLATE,
@@ -58,6 +60,7 @@ CPP_LOWERINGS: dict[str, Callable[..., Any]] = {
     cpp_depthwise_gradient.TEMPLATE.op: cpp_depthwise_gradient.lowering,
     cpp_gemm.TEMPLATE.op: cpp_gemm.lowering,
     cpp_local_attention.TEMPLATE.op: cpp_local_attention.lowering,
+    cpp_neighborhood.TEMPLATE.op: cpp_neighborhood.lowering,
     cpp_ragged_attention.TEMPLATE.op: cpp_ragged_attention.lowering,
     cpp_select_tokens.TEMPLATE.op: cpp_select_tokens.lowering,
 }

@@ -6,6 +6,7 @@
 #include "depthwise_gradient.h"
 #include "gemm.h"
 #include "local_attention.h"
+#include "neighborhood.h"
 #include "ragged_attention.h"
 #include "select_tokens.h"
 
@@ -206,6 +207,20 @@ void call_local_attention(int bf16, const int64_t* sizes, const int64_t* axes, c
     local_attention(s, (const Bf16*)q, (const Bf16*)k, (const Bf16*)v, b, r, (Bf16*)out);
   } else {
     local_attention(s, (const float*)q, (const float*)k, (const float*)v, b, r, (float*)out);
+  }
+}
+
+// sizes: batch, heads, mixes, width. axes: as above. strides: weights (seven), v, out (six each).
+void call_neighborhood(int bf16, const int64_t* sizes, const int64_t* axes, const int64_t* strides, const void* weights,
+                       const void* v, void* out) {
+  NeighborhoodShape s{};
+  s.batch = sizes[0], s.heads = sizes[1], s.mixes = sizes[2], s.width = sizes[3];
+  std::memcpy(s.axis, axes, sizeof(s.axis));
+  std::memcpy(s.weights, strides, 19 * sizeof(int64_t));
+  if (bf16) {
+    neighborhood_apply(s, (const Bf16*)weights, (const Bf16*)v, (Bf16*)out);
+  } else {
+    neighborhood_apply(s, (const float*)weights, (const float*)v, (float*)out);
   }
 }
 
