@@ -68,6 +68,14 @@ class Policy:
         """[B, G, N], the lowest goes first."""
         return slots.positions.float()
 
+    def hidden(self, slots: Slots) -> Tensor | None:
+        """[B, G, N]: slots that this step's queries do not see although they stay; None: there are none.
+
+        Asked before the attention, when `slots` has the new tokens and no mass.
+        """
+        del slots
+        return None
+
     def place(self, positions: Tensor, slots: Slots) -> Tensor:
         """Places [B, n] of positions [B, n] among the tokens kept, for a policy that turns keys by them."""
         del slots
@@ -137,6 +145,22 @@ class HeavyHitters(Policy):
 
     def priority(self, slots: Slots) -> Tensor:
         return protected(slots, known(slots.scores), recent=self.recent)
+
+
+@dataclass(frozen=True)
+class MaskedHeavyHitters(HeavyHitters):
+    """H2O as its authors simulate it (FMInference/H2O, `utils_hh`: a mask, and no drop), in as little memory.
+
+    The mask behind a step is made for the next one, whose token counts among the `recent`: a token that leaves them is
+    hidden for one step, its score as it was, before it is judged. What the mask hides for longer never comes back, and
+    so is dropped. The published code reads a prompt at once; of one in chunks, each sees all that is kept.
+    """
+
+    def hidden(self, slots: Slots) -> Tensor | None:
+        if slots.new or not self.recent:
+            return None
+        dropped = (slots.positions >= 0).sum(2, keepdim=True) <= slots.newest  # fewer than there were
+        return (slots.positions == slots.newest - self.recent) & dropped
 
 
 @dataclass(frozen=True)
@@ -235,6 +259,9 @@ class Protect(Policy):
 
     def start(self, keys: Tensor) -> Tensor:
         return self.policy.start(keys)
+
+    def hidden(self, slots: Slots) -> Tensor | None:
+        return self.policy.hidden(slots)
 
     def remember(self, slots: Slots) -> Tensor:
         return self.policy.remember(slots)

@@ -102,11 +102,12 @@ def _attend(layer: Layer, new: New, rule: Rule, count: int) -> tuple[Tensor, Slo
     if rule.turn_query is not None and rule.turn_key is not None:
         queries = rule.turn_query(queries, policy.place(new.positions, slots))
         keys = rule.turn_key(keys, policy.place(layer.positions[:, 0], slots))
+    hidden = policy.hidden(slots)
     out, mass = cached_attention(
         queries,
         keys,
         layer.values,
-        layer.positions,
+        layer.positions if hidden is None else layer.positions.masked_fill(hidden, -1),
         new.positions,
         scale=rule.scale,
         window=rule.window,

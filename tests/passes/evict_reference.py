@@ -35,8 +35,11 @@ class Step:
 
 @dataclass
 class Head:
+    """alive: positions that are kept.  hidden: those of them that the next step does not see."""
+
     alive: list[int] = field(default_factory=list)
     score: dict[int, float] = field(default_factory=dict)
+    hidden: list[int] = field(default_factory=list)
 
 
 def best(candidates: list[int], score: Callable[[int], float], count: int) -> list[int]:
@@ -59,6 +62,23 @@ def heavy_hitters(recent: int, budget: int) -> Rule:
         if len(alive) <= budget:
             return alive
         return best(alive[: len(alive) - recent], head.score.__getitem__, budget - recent) + alive[-recent:]
+
+    return rule
+
+
+def masked_heavy_hitters(recent: int, budget: int) -> Rule:
+    """As the authors' simulation has it: columns of a mask for the step to come, which is one longer."""
+
+    def rule(head: Head, alive: list[int], step: Step) -> list[int]:
+        count = alive[-1] + 1
+        for p in alive:
+            head.score[p] = head.score.get(p, 0.0) + step.probabilities[:, p].sum().item()
+        if count <= budget:
+            return alive
+        heavy = best([p for p in alive if p < count - recent], head.score.__getitem__, budget - recent)
+        mask = [*heavy, *range(count + 1 - recent, count + 1)]
+        head.hidden = [p for p in range(count) if p not in mask]
+        return [*heavy, *range(count - recent, count)]
 
     return rule
 
@@ -152,19 +172,20 @@ class Reference:
         out = torch.empty_like(query)
         places = torch.arange(total)
         for b, text in enumerate(self.heads[layer]):
-            there = []
+            there, open_ = [], []
             for head in text:
                 alive = torch.zeros(total, dtype=torch.bool)
                 alive[head.alive] = True
                 alive[self.seen :] = True
                 there.append(alive)
+                open_.append(alive.index_fill(0, torch.tensor(head.hidden, dtype=torch.int64), False))
             sees = places <= (self.seen + torch.arange(count))[:, None]
             if self.window:
                 sees &= places > (self.seen + torch.arange(count))[:, None] - self.window
             weights = torch.stack(
                 [
                     (query[b, h] @ key[b, h // share].T * scaling)
-                    .masked_fill(~(sees & there[h // share]), -torch.inf)
+                    .masked_fill(~(sees & open_[h // share]), -torch.inf)
                     .softmax(-1)
                     for h in range(query.shape[1])
                 ]

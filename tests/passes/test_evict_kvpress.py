@@ -4,7 +4,8 @@ The same: StreamingLLM (sinks and the last tokens), TOVA (the last query's atten
 token stays), SnapKV with average pooling over zeros beyond the ends, and the key norm. Not the same, and so not here:
 kvpress's SnapKV has no max pooling, its ObservedAttention divides what a token got by how many queries saw it, which
 H2O does not; none of them drops anything while it generates, so only the prompt is compared. (Behind it ours are held
-to plain PyTorch in test_evict_kv.py.)
+to plain PyTorch in test_evict_kv.py.) kvpress takes no GPT-2; behind Mistral's window transformers' cache has dropped
+tokens before a press sees them.
 
 Its presses are imported one by one: the package itself replaces transformers' attention when it is imported, and asks
 for packages that only its other presses need. Its own hook reads an argument that transformers no longer passes, so the

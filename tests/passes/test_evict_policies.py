@@ -13,6 +13,7 @@ from compiled_attn.ir.errors import PassError
 from compiled_attn.passes.evict_policies import (
     HeavyHitters,
     KeyNorm,
+    MaskedHeavyHitters,
     Policy,
     Protect,
     SinkAndRecent,
@@ -30,6 +31,7 @@ POLICIES: dict[str, tuple[Policy, int, int]] = {  # policy, sinks and recent tok
     "sinks and recent": (SinkAndRecent(sinks=2), 2, 3),
     "sinks, rolling": (SinkAndRecent(sinks=2, rolling=True), 2, 3),
     "h2o": (HeavyHitters(recent=3), 0, 3),
+    "h2o, simulated": (MaskedHeavyHitters(recent=3), 0, 3),
     "tova": (Tova(), 0, 1),
     "snapkv": (SnapKV(window=2, kernel=3), 0, 2),
     "snapkv, averaged": (SnapKV(window=2, kernel=3, pooling="avg"), 0, 2),
