@@ -1,11 +1,13 @@
 """One depthwise convolution with a bias, by kernel and map, against others and the roof; one thread, process time.
 
 python -m bench.depthwise_ops            table on stdout
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m bench.depthwise_ops            the same without AVX-512
 
 All read and write channels last but OpenVINO, whose plugin is handed and hands back channels first. onednn: the call
 that Inductor's freezing makes, weights packed ahead. roof: the slower of the multiply-adds inside the map at the rate
 of a large matrix product, and the bytes of map, weight and result at that of a copy. A case whose numbers are wrong
-gets no time. Process time is given, medians of rounds taken in turn, since the machine may be shared.
+gets no time. Process time is given, medians of rounds taken in turn, since the machine may be shared. Held to AVX2, our
+kernel is compiled for that, float32 alone is timed, and OpenVINO, which takes what it finds, is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 
 from bench import roof
 from bench.timing import interleave
-from compiled_attn.ir import _torch
+from compiled_attn.ir import _torch, machine
 from compiled_attn.ops import depthwise_block
 from compiled_attn.ops.templates import cpp_depthwise
 
@@ -89,9 +91,19 @@ def calls(case: Case) -> dict[str, Callable[[], torch.Tensor]]:
     return made if found is None else {**made, "openvino": found}
 
 
+def held() -> bool:
+    """Whether torch was told to do without AVX-512, which it has."""
+    return "avx512f" in machine.here().flags and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def compiled_for() -> dict[str, Any]:
+    """Inductor's options for our kernel: this machine's, or AVX2's where torch is held to them."""
+    return _torch.cpu_options("x86-64-v3", 256) if held() else {}
+
+
 def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pairs: list[list[int]]) -> Any:
     """The template's kernel, compiled by itself."""
-    function = _torch.cpp_function(cpp_depthwise.standalone(x.dtype, "none", False))
+    function = _torch.cpp_function(cpp_depthwise.standalone(x.dtype, "none", False), compiled_for())
     shape = depthwise_block.shape(x, weight, bias, stride=pairs[0], padding=pairs[1], dilation=pairs[2])
     out = torch.empty_like(shape)
     numbers = torch.tensor(cpp_depthwise.numbers(x, None, None, out, weight.shape[:2], *pairs))
@@ -106,7 +118,9 @@ def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pairs: list[
 
 
 def openvino(case: Case, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> Any:
-    """OpenVINO's grouped convolution in the same precision; None where it is not installed."""
+    """OpenVINO's grouped convolution in the same precision; None where it is not installed, or all are held to AVX2."""
+    if held():
+        return None
     try:
         import openvino as ov
         from openvino import opset13 as ops
@@ -149,7 +163,8 @@ if __name__ == "__main__":
     print(
         f"roof: {rates.gflops_cpu:.0f} GF/s of a float32 product, {rates.copy_gb_per_s:.1f} GB/s of a copy; one thread"
     )
-    heads = ("ours", "eager", "onednn", "openvino")
+    heads = ("ours", "eager", "onednn") + (() if held() else ("openvino",))
+    print(f"instructions: {torch.backends.cpu.get_cpu_capability()}")
     print(f"{'kernel':<9} {'map':<11} {'':<9} " + " ".join(f"{h:>9}" for h in heads) + "     roof   best other / ours")
-    for chosen in CASES:
+    for chosen in (c for c in CASES if c.dtype == torch.float32 or not held()):
         print(line(chosen, rates), flush=True)

@@ -796,13 +796,18 @@ def settled(value: Any) -> Any:
         )
 
 
-def cpp_function(source: str) -> Callable[..., None]:
-    """`kernel` of a C++ source with C linkage, compiled as Inductor compiles its own; ints are passed as 64-bit."""
+def cpp_function(source: str, options: dict[str, Any] | None = None) -> Callable[..., None]:
+    """`kernel` of a C++ source with C linkage, compiled as Inductor compiles its own; ints are passed as 64-bit.
+
+    options: of Inductor, as `cpu_options` gives them.
+    """
     import ctypes
 
+    from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
-    function = CppCodeCache.load(source).kernel
+    with config.patch(options or {}):
+        function = CppCodeCache.load(source).kernel
 
     def call(*arguments: int) -> None:
         function(*(ctypes.c_int64(a) for a in arguments))
