@@ -2,8 +2,9 @@
 
 python -m bench.depthwise_gradients            table on stdout
 
-forward, input, weight: the result and the two gradients, each against `conv2d` and `convolution_backward` on maps in
-channels last, with one thread. A case whose numbers are wrong gets no time. Medians of rounds taken in turn.
+forward, input, weight: the result and the two gradients, at strides of 1 and 2, each against `conv2d` and
+`convolution_backward` on maps in channels last, with one thread. A case whose numbers are wrong gets no time. Medians
+of rounds taken in turn.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import torch.nn.functional as F
 from bench.depthwise_ops import Case, ours
 from bench.timing import interleave
 from compiled_attn.ir import _torch
-from compiled_attn.ops.templates import cpp_depthwise_gradient
+from compiled_attn.ops.templates import cpp_depthwise_gradient, cpp_depthwise_input_gradient
 
 BATCH = 2
-CASES = [Case(k, 1, *m) for m in ((56, 96), (14, 384)) for k in (3, 5, 7, 13)]
+CASES = [Case(k, 1, *m, stride=s) for s in (1, 2) for m in ((56, 96), (14, 384)) for k in (3, 5, 7, 13)]
 
 
 def pairs_of(case: Case) -> dict[str, tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]]:
     """Part of the step -> (ours, ATen's)."""
     random = torch.Generator().manual_seed(0)
     x, grad = (
-        torch.randn((BATCH, case.channels, case.side, case.side), generator=random)
+        torch.randn((BATCH, case.channels, side, side), generator=random)
         .to(case.dtype)
         .to(memory_format=torch.channels_last)
-        for _ in range(2)
+        for side in (case.side, -(-case.side // case.stride))
     )
     weight = torch.randn(case.kernel, case.kernel, case.channels, generator=random).to(case.dtype) / case.kernel
     zero = torch.zeros(case.channels, dtype=case.dtype)
@@ -46,9 +47,24 @@ def pairs_of(case: Case) -> dict[str, tuple[Callable[[], torch.Tensor], Callable
 
     return {
         "forward": (ours(x, weight, zero, pairs), lambda: F.conv2d(x, kernel, zero, *pairs, case.channels)),
-        "input": (ours(grad, weight.flip(0, 1), zero, pairs), lambda: atens(True, False)),
+        "input": (input_gradient(x, grad, weight, pairs), lambda: atens(True, False)),
         "weight": (weight_gradient(x, grad, case, pairs), lambda: atens(False, True)),
     }
+
+
+def input_gradient(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, pairs: list[list[int]]) -> Any:
+    """The template's kernel, compiled by itself."""
+    function = _torch.cpp_function(cpp_depthwise_input_gradient.standalone(x.dtype))
+    out = torch.empty_like(x)
+    numbers = torch.tensor(cpp_depthwise_input_gradient.numbers(grad, out, weight.shape[:2], *pairs))
+    tensors = torch.tensor([t.data_ptr() for t in (grad, weight, out)])
+
+    def call() -> torch.Tensor:
+        function(tensors.data_ptr(), numbers.data_ptr())
+        return out
+
+    call.keep = (grad, weight)  # type: ignore[attr-defined]
+    return call
 
 
 def weight_gradient(x: torch.Tensor, grad: torch.Tensor, case: Case, pairs: list[list[int]]) -> Any:

@@ -36,6 +36,7 @@ TIMM = (
     "inception_next_tiny",
     "fastvit_t8",
     "poolformerv2_s12",
+    "tf_efficientnet_b0",
     "mambaout_tiny",
 )
 TRANSFORMERS = ("ConvNextV2Model", "FocalNetModel")

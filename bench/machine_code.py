@@ -38,6 +38,7 @@ from compiled_attn.ops.kernels import (
     class_row,
     depthwise,
     depthwise_gradient,
+    depthwise_input_gradient,
     local_attention,
     local_attention_columns,
     local_attention_rows,
@@ -51,6 +52,7 @@ from compiled_attn.ops.templates import (
     triton_class_row,
     triton_depthwise,
     triton_depthwise_gradient,
+    triton_depthwise_input_gradient,
     triton_local_attention,
     triton_local_backward,
     triton_neighborhood,
@@ -65,6 +67,7 @@ SOURCES = (
     "class_row.py",
     "depthwise.py",
     "depthwise_gradient.py",
+    "depthwise_input_gradient.py",
     "local_attention.py",
     "local_attention_columns.py",
     "local_attention_rows.py",
@@ -259,6 +262,14 @@ def cases() -> Iterator[Case]:
             dtype,
             triton_depthwise_gradient.configs(),
             (("stride_xc", 1), ("stride_gc", 1)),
+        )
+        yield Case(
+            triton_depthwise_input_gradient.KERNEL,
+            triton_depthwise_input_gradient.case(dtype),
+            depthwise_input_gradient.depthwise_input_gradient,
+            dtype,
+            triton_depthwise_input_gradient.configs(),
+            (("stride_gc", 1),),
         )
     yield Case(
         triton_class_row.MEAN_KERNEL,

@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from compiled_attn.ops.depthwise import ACTIVATIONS, out_size
+from compiled_attn.ops.depthwise import ACTIVATIONS, out_sizes
 
 LAYOUTS = ("channels last", "channels first", "gapped")
 
 
 @dataclass(frozen=True)
 class DepthwiseSpec:
-    """One call. size: rows and columns of x.  layout: of the maps; "gapped" lies in channels last with room between."""
+    """One call. size: rows and columns of x.  padding: two numbers, or the four ends.  layout: of the maps; "gapped" is
+    channels last with room between."""
 
     batch: int = 2
     channels: int = 5
     size: tuple[int, int] = (7, 6)
     kernel: tuple[int, int] = (3, 3)
     stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
+    padding: tuple[int, ...] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     bias: bool = True
     gate: bool = False
@@ -36,8 +37,7 @@ class DepthwiseSpec:
     @property
     def out(self) -> tuple[int, int]:
         """Rows and columns of the result."""
-        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        rows, columns = (out_size(*axis) for axis in axes)
+        rows, columns = out_sizes(self.size, self.kernel, self.stride, self.padding, self.dilation)
         return rows, columns
 
     @property
@@ -84,6 +84,17 @@ class DepthwiseSpec:
         """The positional arguments of depthwise_weight_gradient in `dtype`."""
         return tuple(t.to(dtype) for t in replace(self, dtype=dtype).gradient_tensors())
 
+    @property
+    def input_gradient_options(self) -> dict[str, Any]:
+        """The keyword arguments of depthwise_input_gradient."""
+        return {name: list(getattr(self, name)) for name in ("size", "stride", "padding", "dilation")}
+
+    def make_input_gradient(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The positional arguments of depthwise_input_gradient in `dtype`: the result's gradient and the weight."""
+        spec = replace(self, dtype=dtype)
+        weight = spec.tensors()[1]
+        return spec.gradient_tensors()[1], weight  # type: ignore[return-value]
+
     def _map(self, size: tuple[int, int], random: torch.Generator) -> torch.Tensor:
         """[B, C, *size] laid out, NaN around it."""
         shape = (self.batch, self.channels, *size)
@@ -106,12 +117,19 @@ CASES = {
     "layer norm": DepthwiseSpec(kernel=(5, 5), padding=(2, 2), norm="affine", activation="silu", layout="gapped"),
     "layer norm alone, without padding": DepthwiseSpec(kernel=(1, 3), padding=(0, 0), norm="plain", residual=True),
     "padded beyond its reach": DepthwiseSpec(size=(4, 5), kernel=(3, 1), padding=(3, 1), gate=True),
+    "padded behind only, strided": DepthwiseSpec(size=(8, 6), stride=(2, 2), padding=(0, 1, 0, 1), residual=True),
+    "ends that differ, beyond its reach at one": DepthwiseSpec(size=(5, 6), kernel=(3, 4), padding=(3, 0, 1, 5)),
 }
 GRADIENT_CASES = {
     "plain": DepthwiseSpec(),
     "strided and dilated": CASES["strided and dilated, without a bias"],
     "one row, channels first": DepthwiseSpec(size=(1, 9), kernel=(1, 4), padding=(0, 3), layout="channels first"),
     "gapped": DepthwiseSpec(kernel=(5, 5), padding=(2, 2), layout="gapped"),
+    "padded behind only, strided": CASES["padded behind only, strided"],
+    "ends that differ": CASES["ends that differ, beyond its reach at one"],
+    "places that few positions meet": DepthwiseSpec(
+        size=(9, 9), kernel=(1, 2), stride=(3, 2), padding=(0, 1), dilation=(1, 4)
+    ),
 }
 
 
@@ -123,10 +141,14 @@ def depthwise_specs(draw: st.DrawFn) -> DepthwiseSpec:
     for _ in range(2):
         kernel, stride, dilation = draw(lengths), draw(st.integers(1, 3)), draw(st.integers(1, 4))
         reach = dilation * (kernel - 1) + 1
-        padding = draw(st.one_of(st.just((reach - 1) // 2), st.integers(0, reach)))
-        least = max(1, reach - 2 * padding)
-        axes.append((draw(st.integers(least, least + 30)), kernel, stride, padding, dilation))
-    size, kernel, stride, padding, dilation = (tuple(pair) for pair in zip(*axes, strict=True))
+        ahead = draw(st.one_of(st.just((reach - 1) // 2), st.integers(0, reach)))
+        behind = draw(st.one_of(st.just(ahead), st.integers(0, reach)))
+        least = max(1, reach - ahead - behind)
+        axes.append((draw(st.integers(least, least + 30)), kernel, stride, (ahead, behind), dilation))
+    size, kernel, stride, ends, dilation = (tuple(pair) for pair in zip(*axes, strict=True))
+    padding = tuple(first for first, _ in ends)
+    if any(first != last for first, last in ends):
+        padding = (*ends[0], *ends[1])
     return DepthwiseSpec(
         batch=draw(st.integers(1, 3)),
         channels=draw(st.one_of(st.integers(1, 40), st.sampled_from([16, 64, 96, 100]))),
@@ -164,6 +186,8 @@ BAD = [
     (_bad(activation="tanh"), "there is no activation 'tanh'"),
     (_bad(stride=[0, 1]), r"stride is \[0, 1\]"),
     (_bad(padding=[1, -1]), r"padding is \[1, -1\]"),
+    (_bad(padding=[1, 1, -1, 1]), r"padding is \[1, 1, -1, 1\]"),
+    (_bad(padding=[1, 1, 1]), r"padding is \[1, 1, 1\]"),
 ]
 
 
@@ -179,4 +203,20 @@ BAD_GRADIENT = [
     (_bad_gradient(grad=torch.zeros(2, 5, 7, 5)), "grad is not of the result's size"),
     (_bad_gradient(grad=torch.zeros(2, 5, 7, 6).half()), "grad holds torch.float16"),
     (_bad_gradient(stride=[0, 1]), r"stride is \[0, 1\]"),
+]
+
+
+def _bad_input_gradient(**changed: Any) -> dict[str, Any]:
+    spec = DepthwiseSpec()
+    tensors = spec.make_input_gradient(torch.float32)
+    return {**dict(zip(("grad", "weight"), tensors, strict=True)), **spec.input_gradient_options, **changed}
+
+
+BAD_INPUT_GRADIENT = [
+    (_bad_input_gradient(grad=torch.zeros(5, 7, 6)), "grad has 3 dimensions"),
+    (_bad_input_gradient(weight=torch.zeros(5, 1, 3, 3)), "weight has 4 dimensions"),
+    (_bad_input_gradient(weight=torch.zeros(3, 3, 4)), "grad and weight disagree on the number of channels"),
+    (_bad_input_gradient(size=[7, 5]), "grad is not of the result's size"),
+    (_bad_input_gradient(weight=torch.zeros(3, 3, 5).half()), "weight holds torch.float16"),
+    (_bad_input_gradient(padding=[1, 1, 1]), r"padding is \[1, 1, 1\]"),
 ]

@@ -268,6 +268,10 @@ INPUTS: dict[str, list[Inputs]] = {
         Inputs(name, spec.make, spec.options) for name, spec in neighborhood_strategies.CASES.items()
     ],
     "depthwise_block": [Inputs(name, spec.make, spec.options) for name, spec in depthwise_strategies.CASES.items()],
+    "depthwise_input_gradient": [
+        Inputs(name, spec.make_input_gradient, spec.input_gradient_options)
+        for name, spec in depthwise_strategies.GRADIENT_CASES.items()
+    ],
     "depthwise_weight_gradient": [
         Inputs(name, spec.make_gradient, spec.gradient_options)
         for name, spec in depthwise_strategies.GRADIENT_CASES.items()
@@ -336,6 +340,7 @@ BAD_INPUTS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "local_attention": local_strategies.BAD,
     "neighborhood_apply": neighborhood_strategies.BAD,
     "depthwise_block": depthwise_strategies.BAD,
+    "depthwise_input_gradient": depthwise_strategies.BAD_INPUT_GRADIENT,
     "depthwise_weight_gradient": depthwise_strategies.BAD_GRADIENT,
     **ragged_strategies.BAD,
     **cache_strategies.BAD,

@@ -6,6 +6,7 @@ from compiled_attn.ops.cache import cache_append, cache_evict, cached_attention
 from compiled_attn.ops.decay import decay_attention
 from compiled_attn.ops.depthwise import depthwise_block
 from compiled_attn.ops.depthwise_gradient import depthwise_weight_gradient
+from compiled_attn.ops.depthwise_input_gradient import depthwise_input_gradient
 from compiled_attn.ops.linear import packed_linear
 from compiled_attn.ops.local import local_attention
 from compiled_attn.ops.neighborhood import neighborhood_apply
@@ -22,6 +23,7 @@ __all__ = [
     "cached_attention",
     "decay_attention",
     "depthwise_block",
+    "depthwise_input_gradient",
     "depthwise_weight_gradient",
     "local_attention",
     "neighborhood_apply",

@@ -7,7 +7,10 @@
 part may be left out too. A batch norm or a layer scale next to the convolution is folded into weight and bias ahead.
 
 Gradients: the sums c are made again, not kept, and what follows them is ATen's by its vjp. The weight's is the op
-depthwise_weight_gradient; the input's, at stride 1, is this op with the kernel turned around, else ATen's.
+depthwise_weight_gradient, the input's depthwise_input_gradient.
+
+padding: [rows, columns], as many zeros ahead as behind, or [top, bottom, left, right]; what lies behind only makes the
+result longer.
 
 Letters: B batch, C channels, Y X positions, I J the kernel's rows and columns. Memory is channels last: the weight lies
 as [I, J, C], the result has the strides of a contiguous [B, Y, X, C].
@@ -40,9 +43,29 @@ def activated(x: Tensor, activation: str) -> Tensor:
     return known[activation](x) if activation != "none" else x
 
 
-def out_size(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> Any:
-    """Positions of the result along an axis of `size` positions."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def both_ends(padding: Sequence[int]) -> tuple[Pair, Pair]:
+    """(top, bottom) and (left, right) of a padding of two numbers or four."""
+    top, bottom, left, right = padding if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
+    return (top, bottom), (left, right)
+
+
+def to_pad(padding: Sequence[int]) -> list[int]:
+    """A padding of two numbers or four as F.pad takes it: left, right, top, bottom."""
+    rows, columns = both_ends(padding)
+    return [*columns, *rows]
+
+
+def out_size(size: Any, kernel: int, stride: int, ends: Pair, dilation: int) -> Any:
+    """Positions of the result along an axis of `size` positions; ends: zeros ahead and behind."""
+    return (size + ends[0] + ends[1] - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def out_sizes(
+    sizes: Sequence[Any], kernel: Sequence[int], stride: Pair, padding: Sequence[int], dilation: Pair
+) -> list[Any]:
+    """Rows and columns of the result of a map of `sizes`; kernel: rows and columns, or the weight's shape."""
+    axes = zip(sizes, kernel[:2], stride, both_ends(padding), dilation, strict=True)
+    return [out_size(*axis) for axis in axes]
 
 
 # depthwise_block: activation(norm(depthwise(x) + bias)) * gate + residual
@@ -58,7 +81,7 @@ def depthwise_reference(
     norm_bias: Tensor | None = None,
     *,
     stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
+    padding: Sequence[int] = (0, 0),
     dilation: Pair = (1, 1),
     activation: str = "none",
     norm_eps: float | None = None,
@@ -68,7 +91,7 @@ def depthwise_reference(
         x, weight, bias, gate, residual, norm_weight, norm_bias, stride, padding, dilation, activation, norm_eps
     )
     wide = widened(x.dtype)
-    padded = F.pad(x.to(wide), (padding[1], padding[1], padding[0], padding[0]))
+    padded = F.pad(x.to(wide), to_pad(padding))
     total = padded.new_zeros((x.shape[0], x.shape[1], rows, columns))
     for i in range(weight.shape[0]):
         for j in range(weight.shape[1]):
@@ -85,7 +108,7 @@ def depthwise_reference(
     total = activated(total, activation)
     total = total if gate is None else total * gate.to(wide)
     total = total if residual is None else total + residual.to(wide)
-    return _channels_last(total.to(x.dtype))
+    return channels_last(total.to(x.dtype))
 
 
 def depthwise_shape(
@@ -98,7 +121,7 @@ def depthwise_shape(
     norm_bias: Tensor | None = None,
     *,
     stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
+    padding: Sequence[int] = (0, 0),
     dilation: Pair = (1, 1),
     activation: str = "none",
     norm_eps: float | None = None,
@@ -119,7 +142,7 @@ def depthwise_cost(
     norm_bias: Tensor | None = None,
     *,
     stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
+    padding: Sequence[int] = (0, 0),
     dilation: Pair = (1, 1),
     activation: str = "none",
     norm_eps: float | None = None,
@@ -127,8 +150,7 @@ def depthwise_cost(
     """The multiply-adds of the kernel's places, those beyond the border counted; each map once."""
     del activation, norm_eps
     taps = weight.shape[0] * weight.shape[1]
-    sizes = zip(x.shape[2:], weight.shape[:2], stride, padding, dilation, strict=True)
-    written = math.prod([out_size(*axis) for axis in sizes]) * x.shape[0] * x.shape[1]
+    written = math.prod(out_sizes(x.shape[2:], weight.shape, stride, padding, dilation)) * x.shape[0] * x.shape[1]
     read = bytes_of(x, weight, bias, gate, residual, norm_weight, norm_bias)
     return Cost(2 * taps * written, read + written * x.element_size())
 
@@ -143,15 +165,24 @@ def depthwise_decomposition(
     norm_bias: Tensor | None = None,
     *,
     stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
+    padding: Sequence[int] = (0, 0),
     dilation: Pair = (1, 1),
     activation: str = "none",
     norm_eps: float | None = None,
 ) -> Tensor:
     """The convolution of ATen, and pointwise work that Inductor fuses."""
     kernel = weight.permute(2, 0, 1).unsqueeze(1)
-    y = F.conv2d(x, kernel, bias, list(stride), list(padding), list(dilation), weight.shape[2])
-    return _channels_last(finished(y, gate, residual, norm_weight, norm_bias, activation=activation, norm_eps=norm_eps))
+    x, even = evenly(x, padding)
+    y = F.conv2d(x, kernel, bias, list(stride), even, list(dilation), weight.shape[2])
+    return channels_last(finished(y, gate, residual, norm_weight, norm_bias, activation=activation, norm_eps=norm_eps))
+
+
+def evenly(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """A map and a padding of two numbers that mean the same; the map is padded where the ends differ."""
+    (top, bottom), (left, right) = both_ends(padding)
+    if (top, left) == (bottom, right):
+        return x, [top, left]
+    return F.pad(x, to_pad(padding)), [0, 0]
 
 
 def finished(
@@ -177,7 +208,7 @@ def finished(
 def depthwise_gradient(
     args: tuple[Any, ...], kwargs: dict[str, Any], grads: tuple[Any, ...], *, ops: Any = None
 ) -> tuple[Any, ...]:
-    """One gradient or None per positional argument. ops: has the two ops by name; the vocabulary's own if None."""
+    """One gradient or None per positional argument. ops: has the three ops by name; the vocabulary's own if None."""
     ops = torch.ops.compiled_attn if ops is None else ops
     x, weight, bias, gate, residual, norm_weight, norm_bias = (*args, *(None,) * 7)[:7]
     pairs = {name: list(kwargs.get(name, [n, n])) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1))}
@@ -190,30 +221,17 @@ def depthwise_gradient(
         toward, behind = found[0], found[1:]
     of_weight = ops.depthwise_weight_gradient(x, toward, kernel=[int(n) for n in weight.shape[:2]], **pairs)
     of_bias = None if bias is None else toward.sum((0, 2, 3))
-    return _input_gradient(ops, toward, x, weight, **pairs), of_weight, of_bias, *behind
-
-
-def _input_gradient(
-    ops: Any, toward: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    if max(stride) > 1:
-        kernel = weight.permute(2, 0, 1).unsqueeze(1)
-        options = (stride, padding, dilation, False, [0, 0], weight.shape[2], [True, False, False])
-        found: Any = torch.ops.aten.convolution_backward(toward, x, kernel, None, *options)
-        return found[0]
-    reach = [d * (int(k) - 1) - p for k, p, d in zip(weight.shape, padding, dilation, strict=False)]
-    rows, columns = (max(0, -n) for n in reach)
-    if rows or columns:  # more was padded than the kernel reaches over; of that the input knows nothing
-        toward = toward[:, :, rows : toward.shape[2] - rows, columns : toward.shape[3] - columns]
-    return ops.depthwise_block(toward, weight.flip(0, 1), padding=[max(0, n) for n in reach], dilation=dilation)
+    of_input = ops.depthwise_input_gradient(toward, weight, size=list(x.shape[2:]), **pairs)
+    return of_input, of_weight, of_bias, *behind
 
 
 # x [B, C, Y, X], weight [I, J, C], bias, norm_weight, norm_bias [C], gate and residual as the result
-# -> [B, C, Y', X'] in channels last. stride, padding, dilation: one number for rows, one for columns.
+# -> [B, C, Y', X'] in channels last. stride, padding, dilation: one number for rows, one for columns; or
+# four of padding, the ends.
 depthwise_block = define(
     OP,
     "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? gate=None, Tensor? residual=None, Tensor? norm_weight=None, "
-    "Tensor? norm_bias=None, *, int[2] stride=[1, 1], int[2] padding=[0, 0], int[2] dilation=[1, 1], "
+    "Tensor? norm_bias=None, *, int[2] stride=[1, 1], int[] padding=[0, 0], int[2] dilation=[1, 1], "
     "str activation='none', float? norm_eps=None) -> Tensor",
     reference=depthwise_reference,
     shape=depthwise_shape,
@@ -223,7 +241,7 @@ depthwise_block = define(
 )
 
 
-def _channels_last(y: Tensor) -> Tensor:
+def channels_last(y: Tensor) -> Tensor:
     """[B, C, Y, X] with the strides of a contiguous [B, Y, X, C], sizes of 1 included."""
     return y.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
 
@@ -237,7 +255,7 @@ def _check(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     stride: Pair,
-    padding: Pair,
+    padding: Sequence[int],
     dilation: Pair,
     activation: str,
     norm_eps: float | None,
@@ -267,15 +285,15 @@ def _check(
         )
     sizes = []
     for axis, letter in enumerate("YX"):
-        size, kernel = x.shape[2 + axis], weight.shape[axis]
+        size, kernel, ends = x.shape[2 + axis], weight.shape[axis], both_ends(padding)[axis]
         reach = dilation[axis] * (kernel - 1) + 1
-        if exceeds(1, kernel) or exceeds(reach, size + 2 * padding[axis]):
+        if exceeds(1, kernel) or exceeds(reach, size + ends[0] + ends[1]):
             raise OpError(
                 f"{OP}: the kernel does not fit along {letter}",
-                facts=f"{kernel} places reach over {reach}, the map has {size} and {padding[axis]} on either side",
+                facts=f"{kernel} places reach over {reach}, the map has {size}, {ends[0]} ahead and {ends[1]} behind",
                 do="pad more, or take a smaller kernel or dilation",
             )
-        sizes.append(out_size(size, kernel, stride[axis], padding[axis], dilation[axis]))
+        sizes.append(out_size(size, kernel, stride[axis], ends, dilation[axis]))
     wanted = (x.shape[0], x.shape[1], *sizes)
     for name, tensor in (("gate", gate), ("residual", residual)):
         if tensor is None:
@@ -294,9 +312,15 @@ def _check(
     return sizes[0], sizes[1]
 
 
-def check_pairs(op: str, stride: Pair, padding: Pair, dilation: Pair) -> None:
-    """Raises OpError where one of them is no pair of numbers that makes sense."""
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+def check_pairs(op: str, stride: Pair, padding: Sequence[int], dilation: Pair) -> None:
+    """Raises OpError where one of them makes no sense."""
+    if len(padding) not in (2, 4) or min(padding) < 0:
+        raise OpError(
+            f"{op}: padding is {list(padding)}",
+            facts="it holds two numbers, for rows and columns, or four: top, bottom, left and right, each at least 0",
+            do="give padding as [0, 0] or [0, 0, 0, 0] or more",
+        )
+    for name, pair, least in (("stride", stride, 1), ("dilation", dilation, 1)):
         if len(pair) != 2 or min(pair) < least:
             raise OpError(
                 f"{op}: {name} is {list(pair)}",

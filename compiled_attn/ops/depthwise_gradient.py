@@ -2,14 +2,14 @@
 
     out[i, j] = sum over (b, y, x) of grad[b, :, y, x] * x[b, :, y * stride + i * dilation - padding, ...]
 
-channel by channel; x is 0 beyond its border. The input's gradient needs no op of its own: at stride 1 it is the
-convolution of the result's gradient with the kernel turned around (`depthwise_block`).
+channel by channel; x is 0 beyond its border.
 
 Letters: B batch, C channels, Y X positions, I J the kernel's rows and columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from compiled_attn.ir.errors import OpError
 from compiled_attn.ir.op import Cost, by_vjp, define
-from compiled_attn.ops.depthwise import Pair, check_pairs, out_size
+from compiled_attn.ops.depthwise import Pair, check_pairs, evenly, out_sizes, to_pad
 from compiled_attn.ops.rules import bytes_of, differ, want_equal, want_floating, want_rank, widened
 
 Tensor = torch.Tensor
@@ -25,12 +25,18 @@ OP = "depthwise_weight_gradient"
 
 
 def weight_gradient_reference(
-    x: Tensor, grad: Tensor, *, kernel: Pair, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)
+    x: Tensor,
+    grad: Tensor,
+    *,
+    kernel: Pair,
+    stride: Pair = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Pair = (1, 1),
 ) -> Tensor:
     """For each of the kernel's places, the sum of a shifted map times the gradient."""
     _check(x, grad, kernel, stride, padding, dilation)
     wide, (rows, columns) = widened(x.dtype), grad.shape[2:]
-    padded, towards = F.pad(x.to(wide), (padding[1], padding[1], padding[0], padding[0])), grad.to(wide)
+    padded, towards = F.pad(x.to(wide), to_pad(padding)), grad.to(wide)
     out = padded.new_empty((kernel[0], kernel[1], x.shape[1]))
     for i in range(kernel[0]):
         for j in range(kernel[1]):
@@ -41,14 +47,26 @@ def weight_gradient_reference(
 
 
 def weight_gradient_shape(
-    x: Tensor, grad: Tensor, *, kernel: Pair, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)
+    x: Tensor,
+    grad: Tensor,
+    *,
+    kernel: Pair,
+    stride: Pair = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Pair = (1, 1),
 ) -> Tensor:
     _check(x, grad, kernel, stride, padding, dilation)
     return x.new_empty((kernel[0], kernel[1], x.shape[1]))
 
 
 def weight_gradient_cost(
-    x: Tensor, grad: Tensor, *, kernel: Pair, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)
+    x: Tensor,
+    grad: Tensor,
+    *,
+    kernel: Pair,
+    stride: Pair = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Pair = (1, 1),
 ) -> Cost:
     """The multiply-adds of the kernel's places, those beyond the border counted; each map once."""
     del stride, padding, dilation
@@ -57,21 +75,29 @@ def weight_gradient_cost(
 
 
 def weight_gradient_decomposition(
-    x: Tensor, grad: Tensor, *, kernel: Pair, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)
+    x: Tensor,
+    grad: Tensor,
+    *,
+    kernel: Pair,
+    stride: Pair = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Pair = (1, 1),
 ) -> Tensor:
     """ATen's own, of a convolution whose weight's values it does not read."""
     channels = x.shape[1]
     weight = x.new_zeros((channels, 1, kernel[0], kernel[1]))
-    pairs = (list(stride), list(padding), list(dilation))
+    x, even = evenly(x, padding)
+    pairs = (list(stride), even, list(dilation))
     wanted = [False, True, False]
     found: Any = torch.ops.aten.convolution_backward(grad, x, weight, None, *pairs, False, [0, 0], channels, wanted)
     return found[1].squeeze(1).permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
 
 
-# x [B, C, Y, X], grad [B, C, Y', X'] -> [I, J, C] contiguous. Pairs: one number for rows, one for columns.
+# x [B, C, Y, X], grad [B, C, Y', X'] -> [I, J, C] contiguous. Pairs: one number for rows, one for columns; padding: or
+# four, the ends.
 depthwise_weight_gradient = define(
     OP,
-    "(Tensor x, Tensor grad, *, int[2] kernel, int[2] stride=[1, 1], int[2] padding=[0, 0], int[2] dilation=[1, 1]) "
+    "(Tensor x, Tensor grad, *, int[2] kernel, int[2] stride=[1, 1], int[] padding=[0, 0], int[2] dilation=[1, 1]) "
     "-> Tensor",
     reference=weight_gradient_reference,
     shape=weight_gradient_shape,
@@ -81,7 +107,7 @@ depthwise_weight_gradient = define(
 )
 
 
-def _check(x: Tensor, grad: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> None:
+def _check(x: Tensor, grad: Tensor, kernel: Pair, stride: Pair, padding: Sequence[int], dilation: Pair) -> None:
     """Raises OpError where the arguments clash."""
     want_rank(OP, "x", x, "BCYX")
     want_rank(OP, "grad", grad, "BCYX")
@@ -89,8 +115,7 @@ def _check(x: Tensor, grad: Tensor, kernel: Pair, stride: Pair, padding: Pair, d
     want_equal(OP, "the batch size", "x", x.shape[0], "grad", grad.shape[0])
     want_equal(OP, "the number of channels", "x", x.shape[1], "grad", grad.shape[1])
     check_pairs(OP, stride, padding, dilation)
-    axes = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
-    wanted = [out_size(*axis) for axis in axes]
+    wanted = out_sizes(x.shape[2:], kernel, stride, padding, dilation)
     if any(differ(a, b) for a, b in zip(grad.shape[2:], wanted, strict=True)):
         raise OpError(
             f"{OP}: grad is not of the result's size",

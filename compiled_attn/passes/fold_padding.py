@@ -2,7 +2,8 @@
 
     y = conv2d(pad(x, [1, 1, 2, 2]), w, b)      ->    y = conv2d(x, w, b, padding=[2, 1])
 
-The padded map is not written. A border that differs from end to end (TensorFlow's "same" at a stride of two) stays.
+The padded map is not written. A border that differs from end to end (TensorFlow's "same" at a stride of two) stays; a
+depthwise convolution takes it in fuse-depthwise.
 """
 
 from __future__ import annotations

@@ -10,14 +10,13 @@ go a layer norm over channels, an activation, a product and a sum with a map of 
 once. The rest of the network stays in the layout that Inductor gives it, which on a CPU is channels last wherever it
 holds a convolution; copies that made the map dense for the convolution go, views of the result become reshapes.
 
-A convolution of a single row (conv1d) is one of a map of that row; zeros that were padded at one end, or a result cut
-to its source's size, make a causal one. One that makes several results of a channel reads the map with its channels
-repeated.
+Zeros that were put around the map ahead become the op's padding, also where they differ from end to end (TensorFlow's
+"same" at a stride). A convolution of a single row (conv1d) is one of a map of that row; a result cut to its source's
+size makes a causal one. One that makes several results of a channel reads the map with its channels repeated.
 
 Never touches a convolution whose weight is computed, nor, on a CPU, one that oneDNN was measured to serve better. On a
-GPU nothing was measured yet: every chain that the Triton template accepts goes to it. A pool that averages what lies
-inside its border stays: Inductor makes one pass of it and the pointwise work around it, where the op would have to read
-a map of counts besides.
+GPU nothing was measured yet: every chain that the Triton template accepts goes to it. Averages over windows stay: of
+one and what surrounds it Inductor makes one pass, on a CPU measured ahead of the op (`slower_pool`).
 """
 
 from __future__ import annotations
@@ -225,9 +224,9 @@ class FuseDepthwise:
         for node, because in forms.why.items():
             notes.miss(node, RULE, because)
         for node in program.graph.nodes:
-            differs = pool_misses(node) if node.target in POOLS else None
-            if differs is not None:
-                notes.miss(node, RULE, differs)
+            stays = slower_pool(node) if node.target in POOLS else None
+            if stays is not None:
+                notes.miss(node, RULE, stays)
         hindrance = reads_strides(program.graph)
         edit: Edit | None = None
         moved: set[fx.Node] = set()
@@ -286,10 +285,13 @@ def slower(kernel: Sequence[int], dilation: Sequence[int], maps: Sequence[torch.
     return f"oneDNN is faster at {rows}x{columns} on maps of {moved / 1e6:.1f} MB a picture, in and out"
 
 
-def pool_misses(node: fx.Node) -> str | None:
-    """Why an average over windows is no depthwise convolution."""
-    given: Any = (*node.args, *([], [0, 0], False, True)[len(node.args) - 2 :])
-    padding, includes = given[3], given[5]
-    if max(padding) > 0 and not includes:
-        return "it averages what lies inside the border only, so its weights differ there"
-    return None
+def slower_pool(node: fx.Node) -> str | None:
+    """Why an average over windows that move by one stays, though it is a convolution with equal numbers.
+
+    PoolFormer's block (norm, average of 3x3 less the map, residual) took Inductor 0.23 ms at 56x56x64 and 3.0 ms at a
+    batch of 8, with the op 0.36 and 3.5 ms; the average alone 0.09 ms, the op 0.14 ms (Zen 5, AVX-512, one core).
+    """
+    stride: Any = node.args[2] if len(node.args) > 2 else []
+    if list(stride) not in ([1], [1, 1]):
+        return None
+    return "Inductor's one pass over an average and what surrounds it was measured 1.2 to 1.5 times as fast"

@@ -71,6 +71,7 @@ def _operators() -> dict[str, Any]:
         "attention_with_class_row": _attention_with_class_row,
         "cached_attention": launch_cached.operator,
         "depthwise_block": launch_depthwise.operator,
+        "depthwise_input_gradient": launch_depthwise.input_gradient_operator,
         "depthwise_weight_gradient": launch_depthwise.gradient_operator,
         "local_attention": launch_local.operator,
         "neighborhood_apply": launch_neighborhood.operator,
@@ -81,7 +82,9 @@ def _operators() -> dict[str, Any]:
         op: torch.library.triton_op(f"compiled_attn_triton::{op}", launch, mutates_args=())
         for op, launch in launches.items()
     }
-    launch_depthwise.differentiable(found["depthwise_block"], found["depthwise_weight_gradient"])
+    launch_depthwise.differentiable(
+        *(found[f"depthwise_{name}"] for name in ("block", "input_gradient", "weight_gradient"))
+    )
     launch_local_backward.differentiable(found["local_attention"])
     return found
 
@@ -170,6 +173,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "attention_with_class_row": _call_class_row,
     "cached_attention": launch_cached.call,
     "depthwise_block": launch_depthwise.call,
+    "depthwise_input_gradient": launch_depthwise.call_input_gradient,
     "depthwise_weight_gradient": launch_depthwise.call_gradient,
     "local_attention": launch_local.call,
     "neighborhood_apply": launch_neighborhood.call,

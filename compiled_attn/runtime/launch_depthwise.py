@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of depthwise_block and of its weight's gradient, for runtime/launch.py."""
+"""Launches the Triton kernels of depthwise_block and of its input's and weight's gradients, for runtime/launch.py."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,8 +6,13 @@ from typing import Any
 import torch
 
 from compiled_attn.ir import targets
-from compiled_attn.ops.depthwise import depthwise_gradient, depthwise_shape
-from compiled_attn.ops.templates import triton_depthwise, triton_depthwise_gradient
+from compiled_attn.ops.depthwise import both_ends, depthwise_gradient, depthwise_shape
+from compiled_attn.ops.depthwise_input_gradient import input_gradient_shape
+from compiled_attn.ops.templates import (
+    triton_depthwise,
+    triton_depthwise_gradient,
+    triton_depthwise_input_gradient,
+)
 from compiled_attn.ops.templates.triton_config import Config
 from compiled_attn.runtime.triton_run import run
 
@@ -51,6 +56,21 @@ def gradient_operator(
     return depthwise_weight_gradient(x, grad, **options, config=config)
 
 
+def input_gradient_operator(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    target: str,
+) -> torch.Tensor:
+    """The launch as torch.library takes it; `target` by its name."""
+    config = triton_depthwise_input_gradient.chosen((grad, weight), {}, targets.load(target))[0]
+    options: dict[str, Any] = {"size": size, "stride": stride, "padding": padding, "dilation": dilation}
+    return depthwise_input_gradient(grad, weight, **options, config=config)
+
+
 def call(
     launch: Any,
     target: str,
@@ -88,8 +108,23 @@ def call_gradient(
     return launch(x, grad, list(kernel), list(stride), list(padding), list(dilation), target)
 
 
-def differentiable(block: Any, weight_gradient: Any) -> None:
-    """Gives the launch of the block its gradient: of the same two launches, for the same target."""
+def call_input_gradient(
+    launch: Any,
+    target: str,
+    grad: Any,
+    weight: Any,
+    *,
+    size: Any,
+    stride: Any = (1, 1),
+    padding: Any = (0, 0),
+    dilation: Any = (1, 1),
+) -> Any:
+    """The vocabulary op's signature on `input_gradient_operator`."""
+    return launch(grad, weight, list(size), list(stride), list(padding), list(dilation), target)
+
+
+def differentiable(block: Any, input_gradient: Any, weight_gradient: Any) -> None:
+    """Gives the launch of the block its gradient: of the same three launches, for the same target."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         del output
@@ -99,6 +134,9 @@ def differentiable(block: Any, weight_gradient: Any) -> None:
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         ops = SimpleNamespace(
             depthwise_block=lambda *args, **kwargs: call(block, ctx.target, *args, **kwargs),
+            depthwise_input_gradient=lambda *args, **kwargs: call_input_gradient(
+                input_gradient, ctx.target, *args, **kwargs
+            ),
             depthwise_weight_gradient=lambda *args, **kwargs: call_gradient(
                 weight_gradient, ctx.target, *args, **kwargs
             ),
@@ -147,7 +185,7 @@ def depthwise_block(
         columns,
         *weight.shape[:2],
         *stride,
-        *padding,
+        *(ahead for ahead, _ in both_ends(padding)),
         *dilation,
         0.0 if norm_eps is None else norm_eps,
         HAS_BIAS=bias is not None,
@@ -191,10 +229,46 @@ def depthwise_weight_gradient(
         grad.shape[0] * grad.shape[2],
         kernel[1],
         *stride,
-        *padding,
+        *(ahead for ahead, _ in both_ends(padding)),
         *dilation,
         **config.constants,
         num_warps=config.warps,
         num_stages=config.stages,
     )
     return sums.sum(0).to(x.dtype)
+
+
+def depthwise_input_gradient(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    config: Config,
+) -> torch.Tensor:
+    """grad [B,C,Y',X'], weight [I,J,C] -> [B,C,Y,X] of `size`, memory [B,Y,X,C]."""
+    from compiled_attn.ops.kernels.depthwise_input_gradient import depthwise_input_gradient as program
+
+    pairs: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    out = input_gradient_shape(grad, weight, size=size, **pairs)
+    batch, channels, rows, columns = out.shape
+    run(program, triton_depthwise_input_gradient.grid(config, batch, channels, rows, columns))(
+        grad,
+        weight.contiguous(),
+        out,
+        *grad.stride(),
+        channels,
+        rows,
+        columns,
+        *grad.shape[2:],
+        *weight.shape[:2],
+        *stride,
+        *(ahead for ahead, _ in both_ends(padding)),
+        *dilation,
+        **config.constants,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out

@@ -18,7 +18,7 @@ import torch
 from compiled_attn.ir import machine
 from compiled_attn.ops.depthwise import ACTIVATIONS
 from compiled_attn.ops.local_geometry import Axis
-from compiled_attn.ops.templates import cpp_depthwise_gradient
+from compiled_attn.ops.templates import cpp_depthwise_gradient, cpp_depthwise_input_gradient
 from compiled_attn.ops.templates.base import KERNELS
 from compiled_attn.ops.templates.cpp_depthwise import numbers
 from compiled_attn.ops.templates.cpp_local_attention import axis_numbers, tables
@@ -297,6 +297,17 @@ def depthwise_gradient(
     shape = longs(cpp_depthwise_gradient.numbers(x, grad, out.shape[:2], *pairs))
     library(variant).call_depthwise_gradient(
         int(x.dtype == torch.bfloat16), shape, *(pointer(t) for t in (x, grad, out))
+    )
+
+
+def depthwise_input_gradient(
+    variant: Variant, grad: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, options: dict[str, list[int]]
+) -> None:
+    """Fills `out` [B, C, Y, X]; the maps' channel stride is 1."""
+    pairs = [options[name] for name in ("stride", "padding", "dilation")]
+    shape = longs(cpp_depthwise_input_gradient.numbers(grad, out, weight.shape[:2], *pairs))
+    library(variant).call_depthwise_input_gradient(
+        int(grad.dtype == torch.bfloat16), shape, *(pointer(t) for t in (grad, weight, out))
     )
 
 

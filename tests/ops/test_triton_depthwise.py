@@ -7,6 +7,7 @@ from cross.child import interpret
 from compiled_attn.ir import targets
 from compiled_attn.ops.templates import triton_depthwise as template
 from compiled_attn.ops.templates import triton_depthwise_gradient as gradient
+from compiled_attn.ops.templates import triton_depthwise_input_gradient as input_gradient
 
 pytest.importorskip("triton")
 
@@ -76,3 +77,22 @@ def test_the_weights_gradient_of_every_element_type_is_covered(dtype, target):
     assert gradient.accepts((x, x), {"kernel": [7, 7]}, targets.load(target)) is None
     assert gradient.accepts((x.double(), x), {"kernel": [7, 7]}, targets.load(target)).startswith("its elements are")
     assert "sm_75" in gradient.accepts((x, x), {"kernel": [7, 7]}, targets.load("t4"))
+
+
+def test_the_interpreted_kernel_of_the_inputs_gradient_equals_the_equation():
+    interpret("depthwise_input_gradient")
+
+
+@pytest.mark.deep
+def test_the_interpreted_kernel_of_the_inputs_gradient_equals_the_equation_on_many_cases():
+    interpret("depthwise_input_gradient", profile="deep")
+
+
+@pytest.mark.parametrize("target", ["a100", "a10", "l4", "rtx4090", "h100", "h200"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_inputs_gradient_of_every_element_type_is_covered(dtype, target):
+    grad, weight = tensors(96, dtype)
+    options = {"size": [112, 112], "stride": [2, 2]}
+    assert input_gradient.accepts((grad, weight), options, targets.load(target)) is None
+    assert input_gradient.accepts((grad.double(), weight), options, targets.load(target)).startswith("its elements are")
+    assert "sm_75" in input_gradient.accepts((grad, weight), options, targets.load("t4"))

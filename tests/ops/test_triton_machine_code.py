@@ -32,6 +32,7 @@ def test_what_is_chosen_for_heads_of_64_compiles_within_the_limits_of_every_targ
         "class_row_mean",
         "depthwise",
         "depthwise_gradient",
+        "depthwise_input_gradient",
         "local_attention",
         "local_attention_columns",
         "local_attention_rows",

@@ -136,6 +136,19 @@ class Several(nn.Module):
         return F.gelu(self.norm(self.conv(F.pad(x, (0, 1, 0, 1)))))
 
 
+class Uneven(nn.Module):
+    """TensorFlow's padding at a stride, with a kernel of its own for each axis, and "same" for an even kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.even = depthwise((5, 3), stride=(2, 1)), depthwise((4, 2), padding="same")
+        self.last, self.norm = depthwise(3, stride=2, padding=1, bias=False), norm()
+
+    def forward(self, x):
+        y = self.even(self.wide(F.pad(x, (0, 2, 1, 2))))
+        return F.gelu(self.norm(self.last(F.pad(y, (1, 0)))))
+
+
 MODELS = {
     ConvNext: ["7x7, layer norm"],
     LayerNorm2d: ["5x3, layer norm"],
@@ -143,8 +156,9 @@ MODELS = {
     Branches: ["3x3, of 2 convolutions, gelu"],
     LargeKernelAttention: ["5x5", "7x7 dilated 3x3, gate, residual"],
     Tokens: ["3x3, silu"],
-    Causal: ["1x7, silu", "1x5, layer norm"],
-    Several: ["4x4, 2 results of every channel, gelu"],
+    Causal: ["1x4, silu", "1x3, layer norm"],
+    Several: ["3x3, 2 results of every channel, gelu"],
+    Uneven: ["5x3", "4x2", "3x3, gelu"],
 }
 models = pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 
@@ -262,15 +276,15 @@ def test_a_small_kernel_on_a_large_map_is_left_to_onednn_unless_something_is_sav
 
 class Pool(nn.Module):
     def forward(self, x):
-        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x
+        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x, F.avg_pool2d(x, 2, 2)
 
 
-def test_a_pool_that_leaves_out_its_border_is_a_miss():
+def test_an_average_whose_windows_move_by_one_is_a_miss():
     program = program_of(Pool(), torch.randn(1, C, 9, 9))
     found, notes = run(program)
     assert found is program
     assert [m.because for m in notes.misses] == [
-        "it averages what lies inside the border only, so its weights differ there"
+        "Inductor's one pass over an average and what surrounds it was measured 1.2 to 1.5 times as fast"
     ]
 
 
@@ -279,11 +293,11 @@ class Network(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, C, 4, 4)
         self.blocks = nn.Sequential(ConvNext(), LargeKernelAttention(), Branches(), Mobile())
-        self.causal, self.several = Causal(), Several()
+        self.causal, self.several, self.uneven = Causal(), Several(), Uneven()
 
     def forward(self, x):
         y = self.blocks(self.stem(x))
-        return y, *self.causal(y), self.several(y)
+        return y, *self.causal(y), self.several(y), self.uneven(y)
 
 
 def test_a_network_compiles_with_the_template_and_equals_eager():
@@ -299,7 +313,7 @@ def test_a_network_compiles_with_the_template_and_equals_eager():
             x = torch.randn(batch, 3, 48, 36)
             for found, wanted in zip(fast(x), model(x), strict=True):
                 near(found, wanted, 1e-5)
-    assert fast.builds[0].calls["cpp_depthwise"] == 8
+    assert fast.builds[0].calls["cpp_depthwise"] == 11
     assert "depthwise_block" in str(fast.explain())
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from laws import near
 from torch import nn
 
@@ -13,6 +14,7 @@ from compiled_attn.ir import targets
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ops import depthwise_block
 from compiled_attn.ops.templates.base import templates_in
+from compiled_attn.passes.match.depthwise import PADS
 from compiled_attn.passes.train_depthwise import TrainDepthwise
 from compiled_attn.runtime.build import Settings
 from compiled_attn.runtime.capture import capture
@@ -22,20 +24,20 @@ C = 12
 
 
 class Block(nn.Module):
-    """A block as people train it: two kernels, batch norm, a strided convolution, a linear map of tokens."""
+    """A block as people train it: two kernels, batch norm, a stride behind uneven padding, a linear map of tokens."""
 
     def __init__(self):
         super().__init__()
         self.wide = nn.Conv2d(C, C, 7, padding=3, groups=C)
         self.far = nn.Conv2d(C, C, (5, 3), padding=(4, 2), dilation=2, groups=C, bias=False)
-        self.strided = nn.Conv2d(C, C, 5, stride=2, padding=2, groups=C)
+        self.strided = nn.Conv2d(C, C, 5, stride=2, padding=1, groups=C)
         self.twice = nn.Conv2d(C, 2 * C, 5, padding=2, groups=C)
         self.small = nn.Conv2d(C, C, 3, padding=1, groups=C)
         self.norm, self.linear = nn.BatchNorm2d(C), nn.Linear(2 * C, 5)
 
     def forward(self, x):
         y = self.norm(self.wide(x)).relu()
-        y = self.small(self.strided(y + self.far(x)))
+        y = self.small(self.strided(F.pad(y + self.far(x), (0, 1, 1, 1))))
         return self.linear(self.twice(y).flatten(2).transpose(1, 2))
 
 
@@ -49,11 +51,9 @@ def run(target, model=Block, dtype=torch.float32):
 @pytest.mark.parametrize("target", ["cpu", "a100"])
 def test_convolutions_whose_gradients_are_templates_become_the_op_and_the_others_say_why(target):
     _, fused, notes = run(target)
-    assert [n.what for n in notes.done] == ["7x7, trained", "5x3, trained", "3x3, trained"]
-    assert {m.because for m in notes.misses} == {
-        "its stride is [2, 2], and the gradient of its input no convolution of this kind",
-        "it makes 2 results of every channel",
-    }
+    assert [n.what for n in notes.done] == ["7x7, trained", "5x3, trained", "5x5, trained", "3x3, trained"]
+    assert [m.because for m in notes.misses] == ["it makes 2 results of every channel"]
+    assert not [n for n in fused.graph.nodes if n.target in PADS]
     assert len([n for n in fused.graph.nodes if n.target is depthwise_block.overload]) == len(notes.done)
     assert TrainDepthwise().run(fused, targets.load(target), Notes()) is fused
 
@@ -81,7 +81,10 @@ def test_compiled_training_calls_both_templates_and_gives_eagers_gradients_at_tw
     plain = copy.deepcopy(model)
     trained = compile_train(model, None, None, Settings.of("cpu", mode="train", dynamic_shapes={"x": {0: "batch"}}))
     _, code = run_fw_bw_and_get_code(lambda: trained(torch.randn(2, C, 9, 10, requires_grad=True)))
-    assert [templates_in(text) for text in code] == [{"cpp_depthwise"}, {"cpp_depthwise", "cpp_depthwise_gradient"}]
+    assert [templates_in(text) for text in code] == [
+        {"cpp_depthwise"},
+        {"cpp_depthwise_gradient", "cpp_depthwise_input_gradient"},
+    ]
     for batch in (2, 5):
         x = torch.randn(batch, C, 9, 10)
         a, b = (x.clone().requires_grad_() for _ in range(2))

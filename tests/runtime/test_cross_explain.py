@@ -63,6 +63,10 @@ def test_every_triton_template_has_its_kernels_needs_on_record():
         "attention_with_class_row": ((q, q, q, None), {"scale": 1.0}),
         "cached_attention": ((q[:, :, :1], q, q, whole, whole[:, 0, :1]), {"scale": 1.0}),
         "depthwise_block": ((torch.empty(2, 24, 7, 7), torch.empty(3, 3, 24)), {"norm_eps": 1e-6}),
+        "depthwise_input_gradient": (
+            (torch.empty(2, 24, 4, 4), torch.empty(3, 3, 24)),
+            {"size": [9, 9], "stride": [2, 2]},
+        ),
         "depthwise_weight_gradient": ((torch.empty(2, 24, 7, 7), torch.empty(2, 24, 5, 5)), {"kernel": [3, 3]}),
         "local_attention": ((m, m, m, torch.empty(2, 13, 13)), {"window": [7, 7], "scale": 1.0}),
         "neighborhood_apply": ((torch.empty(2, 14, 14, 2, 9, 9), m.float()), {"window": [3, 3], "border": "zero"}),

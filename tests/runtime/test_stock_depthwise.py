@@ -30,7 +30,8 @@ CHAINS = {
     "repvit_m1": 26,
     "inception_next_tiny": 54,
     "fastvit_t8": 25,
-    "poolformerv2_s12": 0,  # pools that leave out their border, which stay Inductor's
+    "poolformerv2_s12": 0,  # averages over windows, which stay Inductor's
+    "tf_efficientnet_b0": 16,
     "mambaout_tiny": 18,
     "ConvNextV2Model": 18,
     "FocalNetModel": 24,

@@ -3,8 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from laws import near
 
+from compiled_attn.ir import targets
 from compiled_attn.ir.errors import CompiledAttnError
+from compiled_attn.ir.notes import Notes
+from compiled_attn.passes import pipelines
+from compiled_attn.passes.base import run_passes
+from compiled_attn.passes.fuse_depthwise import FuseDepthwise
+from compiled_attn.passes.match.depthwise import PADS
+from compiled_attn.runtime.capture import capture
 from compiled_attn.zoo import moat
 from compiled_attn.zoo.moat import MOAT, PAPER, Attention, Config
 
@@ -101,3 +109,13 @@ def test_an_export_of_any_even_picture_size_equals_the_network() -> None:
     x = torch.randn(3, 3, 64, 128)
     with torch.no_grad():
         torch.testing.assert_close(exported(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_picture_is_padded_once_depthwise_convolutions_take_their_uneven_borders() -> None:
+    program, notes, target = capture(model(), (torch.randn(1, 3, 48, 48),), {}), Notes(), targets.load("cpu")
+    fused, _ = run_passes(program, [*pipelines.portable(), FuseDepthwise()], target, notes)
+    assert [n.args[0].meta["val"].shape[1] for n in fused.graph.nodes if n.target in PADS] == [3]
+    assert not notes.of("depthwise_block").misses
+    x = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        near(fused(x), program(x), 1e-5)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from compiled_attn.ir import _torch
-from compiled_attn.ops.depthwise import out_size
+from compiled_attn.ops.depthwise import both_ends, out_sizes
 from compiled_attn.ops.templates.base import Template, marked
 from compiled_attn.ops.templates.cpp_attention import CTYPES, DTYPES
 
@@ -68,8 +68,8 @@ def lowering(
     }
     kernel = [int(n) for n in weight.get_size()[:2]]
     batch, channels, *sizes = x.get_size()
-    axes = list(zip(kernel, stride, padding, dilation, strict=True))
-    rows, columns = (out_size(n, *axis) for n, axis in zip(sizes, axes, strict=True))
+    rows, columns = out_sizes(sizes, kernel, stride, padding, dilation)
+    axes = axes_of(kernel, stride, padding, dilation)
     strides = [rows * columns * channels, 1, columns * channels, channels]
     out = (x.get_dtype(), [batch, channels, rows, columns], strides)
 
@@ -77,6 +77,14 @@ def lowering(
         return marked(NAME, "depthwise.h"), _shape(views, axes, norm_eps) + _call(views, axes, activation, norm_eps)
 
     return _torch.cpp_template(NAME, inputs, [out], source)[0]
+
+
+def axes_of(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The kernel's, for rows and columns: its places, stride, zeros ahead and dilation; the size tells those behind."""
+    ahead = [first for first, _ in both_ends(padding)]
+    return list(zip(kernel, stride, ahead, dilation, strict=True))
 
 
 def _shape(views: dict[str, Any], axes: Sequence[tuple[int, ...]], norm_eps: float | None) -> str:
@@ -140,8 +148,8 @@ def numbers(
 ) -> list[int]:
     """A DepthwiseShape's integers for tensors [B, C, Y, X] whose channel stride is 1."""
     found = [x.shape[0], x.shape[1]]
-    for i in range(2):
-        found += [x.shape[2 + i], out.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]]
+    for i, axis in enumerate(axes_of(kernel, stride, padding, dilation)):
+        found += [x.shape[2 + i], out.shape[2 + i], *axis]
     for tensor in (x, gate, residual, out):
         found += [0, 0, 0] if tensor is None else [tensor.stride(d) for d in (0, 2, 3)]
     return found

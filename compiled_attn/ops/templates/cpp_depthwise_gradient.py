@@ -14,7 +14,7 @@ import torch
 from compiled_attn.ir import _torch
 from compiled_attn.ops.templates.base import Template, marked
 from compiled_attn.ops.templates.cpp_attention import CTYPES, DTYPES
-from compiled_attn.ops.templates.cpp_depthwise import LONGEST
+from compiled_attn.ops.templates.cpp_depthwise import LONGEST, axes_of
 
 NAME = "cpp_depthwise_gradient"
 
@@ -51,7 +51,7 @@ def lowering(
     channels = x.get_size()[1]
     sizes = [int(kernel[0]), int(kernel[1]), channels]
     out = (x.get_dtype(), sizes, [sizes[1] * channels, channels, 1])
-    axes = list(zip(kernel, stride, padding, dilation, strict=True))
+    axes = axes_of(kernel, stride, padding, dilation)
 
     def source(views: dict[str, Any]) -> tuple[str, str]:
         return marked(NAME, "depthwise_gradient.h"), _body(views, axes)
@@ -99,6 +99,6 @@ def numbers(
 ) -> list[int]:
     """A DepthwiseGradientShape for tensors [B, C, Y, X] whose channel stride is 1."""
     found = [x.shape[0], x.shape[1]]
-    for i in range(2):
-        found += [x.shape[2 + i], grad.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]]
+    for i, axis in enumerate(axes_of(kernel, stride, padding, dilation)):
+        found += [x.shape[2 + i], grad.shape[2 + i], *axis]
     return found + [tensor.stride(d) for tensor in (x, grad) for d in (0, 2, 3)]

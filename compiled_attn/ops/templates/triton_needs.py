@@ -12,6 +12,7 @@ from compiled_attn.ops.templates import (
     triton_class_row,
     triton_depthwise,
     triton_depthwise_gradient,
+    triton_depthwise_input_gradient,
     triton_local_attention,
     triton_neighborhood,
     triton_ragged_attention,
@@ -92,6 +93,14 @@ def _depthwise_gradient(args: tuple[Any, ...], kwargs: dict[str, Any], target: A
     return [(triton_depthwise_gradient.KERNEL, case, triton_depthwise_gradient.chosen(args, kwargs, target)[0])]
 
 
+def _depthwise_input_gradient(
+    args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
+) -> list[tuple[str, str, Config]]:
+    case = triton_depthwise_input_gradient.case(args[0].dtype)
+    found = triton_depthwise_input_gradient.chosen(args, kwargs, target)
+    return [(triton_depthwise_input_gradient.KERNEL, case, found[0])]
+
+
 def _local(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
     q, _, v, _, relative = (*args, None, None)[:5]
     block = max(block_of(q.shape[-1]), block_of(v.shape[-1]))
@@ -110,6 +119,7 @@ _CHOSEN: dict[str, Callable[..., list[tuple[str, str, Config]]]] = {
     "attention_with_class_row": _class_row,
     "cached_attention": _cached,
     "depthwise_block": _depthwise,
+    "depthwise_input_gradient": _depthwise_input_gradient,
     "depthwise_weight_gradient": _depthwise_gradient,
     "local_attention": _local,
     "neighborhood_apply": _neighborhood,

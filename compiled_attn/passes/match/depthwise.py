@@ -1,7 +1,8 @@
 """Linear maps that act on every channel by itself, found by what the values are: convolutions, norms, scales and sums.
 
     batch_norm(conv(x, w3) + conv(x, w1) + x)     is     one depthwise convolution of x, with one kernel and one bias
-    conv1d(pad(x, [3, 0]), w)                     is     one of a single row, whose kernel has zeros behind the middle
+    conv2d(pad(x, [0, 1, 0, 1]), w, stride=2)     is     one of x itself, whose padding differs from end to end
+    conv1d(x, w, padding=3)[..., :n]              is     one of a single row, padded ahead only
 
 `Form` is such a map of one source; `Forms` finds it for the nodes of a graph, in double precision. A source is
 [B, C, X] or [B, C, Y, X]; what is said of rows holds of the one row of the former.
@@ -19,6 +20,7 @@ from torch import fx
 
 from compiled_attn.ir import _torch
 from compiled_attn.ir.program import Program
+from compiled_attn.ops.depthwise import both_ends
 from compiled_attn.passes.fold_batch_norm import batch_norm_parts
 from compiled_attn.passes.fold_constants import constant_placeholders
 
@@ -30,15 +32,15 @@ PADS = (aten.constant_pad_nd.default, aten.pad.default)
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
 EXACT = (torch.float32, torch.float64)  # elements whose sums of kernels keep the numbers
 DENSER = 1.5  # a kernel of sums may have this many times the places of its parts
-EMPTIER = 2.0  # and one padded at one end, which saves a copy of the map
+EMPTIER = 2.0  # and one of a map whose padding or cut it takes in, which saves a copy of the map
 
 
 @dataclass(frozen=True)
 class Form:
     """out[y] = bias + sum over offsets of taps[offset] * source[y * stride + offset], channel by channel.
 
-    taps: offset -> [C] in float64.  short: by how much the result is shorter than the source's size over the stride:
-    2 * padding - dilation * (kernel - 1), the same for all parts.  places: of the kernels that were summed.
+    taps: offset -> [C] in float64.  short: the padding at both ends less what the kernel reaches over, the same for all
+    parts: the result has (size + short - 1) // stride + 1 positions.  places: of the kernels that were summed.
     repeats: results of every channel of the source; those of one channel stand side by side.
     """
 
@@ -84,25 +86,27 @@ class Form:
         kernel, _, _ = total.geometry()
         return total if kernel[0] * kernel[1] <= DENSER * total.places else None
 
-    def geometry(self) -> tuple[Offset, Offset, Offset]:
-        """Kernel, padding and dilation that hold every tap."""
+    def geometry(self) -> tuple[Offset, tuple[int, ...], Offset]:
+        """Kernel, padding (two numbers, or four where the ends differ) and dilation that hold every tap."""
         axes = []
         for axis in (0, 1):
-            offsets = {at[axis] for at in self.taps}
-            padding = max(-min(offsets), max(offsets) + self.short[axis], 0)
-            length = 2 * padding - self.short[axis]
-            step = math.gcd(length, *(o + padding for o in offsets))
-            axes.append((length // step + 1 if step else 1, padding, max(step, 1)))
-        (rows, top, down), (columns, left, right) = axes
-        return (rows, columns), (top, left), (down, right)
+            offsets, short = {at[axis] for at in self.taps}, self.short[axis]
+            ahead = max(-min(offsets), 0)
+            length = ahead + max(max(offsets), -short)  # no less, since nothing is cut from the map
+            step = math.gcd(length, *(o + ahead for o in offsets))
+            axes.append((length // step + 1 if step else 1, (ahead, length - ahead + short), max(step, 1)))
+        (rows, vertical, down), (columns, horizontal, right) = axes
+        ends = (*vertical, *horizontal)
+        return (rows, columns), ends[::2] if ends[::2] == ends[1::2] else ends, (down, right)
 
     def kernel(self) -> Tensor:
         """The weight [I, J, C] in float64; zeros where no part has a place."""
         (rows, columns), padding, dilation = self.geometry()
         channels = next(iter(self.taps.values())).shape[0]
         weight = torch.zeros(rows, columns, channels, dtype=torch.float64)
+        (top, _), (left, _) = both_ends(padding)
         for at, tap in self.taps.items():
-            weight[(at[0] + padding[0]) // dilation[0], (at[1] + padding[1]) // dilation[1]] = tap
+            weight[(at[0] + top) // dilation[0], (at[1] + left) // dilation[1]] = tap
         return weight
 
 
@@ -157,19 +161,19 @@ class Forms:
         kernel = (1 if flat else int(shape[2]), int(shape[-1]))
         stride, dilation = _pair(stride, 1 if flat else None), _pair(dilation, 1 if flat else None)
         reach = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
-        if isinstance(padding, str):
-            if padding == "same" and any(r % 2 for r in reach):
-                self.why[node] = f"its padding is 'same' for a kernel that reaches over {reach}, more at one side"
-                return None
-            padding = [r // 2 if padding == "same" else 0 for r in reach]
-        padding = _pair(padding, 0 if flat else None)
+        if isinstance(padding, str):  # of an odd number of zeros the larger half lies behind
+            both = reach if padding == "same" else (0, 0)
+            padding = (both[0] // 2, both[1] // 2)
+        else:
+            padding = _pair(padding, 0 if flat else None)
+            both = (2 * padding[0], 2 * padding[1])
         value = self.tensors[weight.name].double().reshape(int(shape[0]), *kernel)
         taps = {
             (i * dilation[0] - padding[0], j * dilation[1] - padding[1]): value[:, i, j]
             for i in range(kernel[0])
             for j in range(kernel[1])
         }
-        short = (2 * padding[0] - reach[0], 2 * padding[1] - reach[1])
+        short = (both[0] - reach[0], both[1] - reach[1])
         shift = None if bias is None else self.tensors[bias.name].double()
         names = tuple(self.names[n.name] for n in (weight, bias) if n is not None)
         repeats = int(shape[0]) // int(groups)
@@ -273,15 +277,25 @@ def _is_map(x: fx.Node) -> bool:
 
 def _before_zeros(form: Form) -> Form:
     """The same of what its source was before zeros were put around it, unless that asks for too big a kernel."""
-    given: Any = form.source.args
-    if form.source.target not in PADS or not set(given[2:]) <= {"constant", None, 0}:
+    found = zeros_around(form.source)
+    if found is None:
         return form
-    left, right, top, bottom = (*given[1], 0, 0)[:4]
-    if len(given[1]) > 2 * (_rank(given[0]) - 2) or not all(isinstance(n, int) and n >= 0 for n in given[1]):
-        return form
+    source, (top, bottom, left, right) = found
     taps = {(i - top, j - left): tap for (i, j), tap in form.taps.items()}
     short = (form.short[0] + top + bottom, form.short[1] + left + right)
-    return _lean(replace(form, source=given[0], taps=taps, short=short)) or form
+    nodes = form.nodes | ({form.source} if len(form.source.users) == 1 else set())
+    return _lean(replace(form, source=source, taps=taps, short=short, nodes=nodes)) or form
+
+
+def zeros_around(node: fx.Node) -> tuple[fx.Node, tuple[int, int, int, int]] | None:
+    """The map that `node` puts zeros around, and how many: top, bottom, left, right; else None."""
+    given: Any = node.args
+    if node.target not in PADS or not set(given[2:]) <= {"constant", None, 0}:
+        return None
+    left, right, top, bottom = (*given[1], 0, 0)[:4]
+    if len(given[1]) > 2 * (_rank(given[0]) - 2) or not all(isinstance(n, int) and n >= 0 for n in given[1]):
+        return None
+    return given[0], (top, bottom, left, right)
 
 
 def _lean(form: Form) -> Form | None:

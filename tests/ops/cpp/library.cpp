@@ -4,6 +4,7 @@
 #include "class_row.h"
 #include "depthwise.h"
 #include "depthwise_gradient.h"
+#include "depthwise_input_gradient.h"
 #include "gemm.h"
 #include "local_attention.h"
 #include "neighborhood.h"
@@ -109,6 +110,17 @@ void call_depthwise_gradient(int bf16, const int64_t* numbers, const void* x, co
     depthwise_weight_gradient<Bf16>(s, (const Bf16*)x, (const Bf16*)grad, (Bf16*)out);
   } else {
     depthwise_weight_gradient<float>(s, (const float*)x, (const float*)grad, (float*)out);
+  }
+}
+
+// numbers: a DepthwiseInputShape's.
+void call_depthwise_input_gradient(int bf16, const int64_t* numbers, const void* grad, const void* weight, void* out) {
+  DepthwiseInputShape s{};
+  std::memcpy(&s, numbers, sizeof(s));
+  if (bf16) {
+    depthwise_input_gradient<Bf16>(s, (const Bf16*)grad, (const Bf16*)weight, (Bf16*)out);
+  } else {
+    depthwise_input_gradient<float>(s, (const float*)grad, (const float*)weight, (float*)out);
   }
 }
 

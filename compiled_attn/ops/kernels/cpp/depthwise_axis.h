@@ -11,7 +11,7 @@
 namespace compiled_attn_cpp {
 namespace {
 
-// One axis of the map; padding is the same on either side.
+// One axis of the map; padding is what lies ahead of it, what lies behind follows from `out`.
 struct DepthwiseAxis {
   int64_t in, out, kernel, stride, padding, dilation;
 };
