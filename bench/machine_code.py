@@ -36,6 +36,7 @@ from compiled_attn.ops.kernels import (
     attention,
     cached_attention,
     class_row,
+    decay_attention,
     depthwise,
     depthwise_gradient,
     depthwise_input_gradient,
@@ -50,6 +51,7 @@ from compiled_attn.ops.templates import (
     triton_attention,
     triton_cached_attention,
     triton_class_row,
+    triton_decay_attention,
     triton_depthwise,
     triton_depthwise_gradient,
     triton_depthwise_input_gradient,
@@ -65,6 +67,7 @@ SOURCES = (
     "attention.py",
     "cached_attention.py",
     "class_row.py",
+    "decay_attention.py",
     "depthwise.py",
     "depthwise_gradient.py",
     "depthwise_input_gradient.py",
@@ -97,7 +100,8 @@ class Case:
         pointers = {"logits_ptr": "fp32", "lse_ptr": "fp32", "row_ptr": "fp32", "score_ptr": "fp32", "index_ptr": "i64"}
         pointers |= {"q_offsets_ptr": "i64", "k_offsets_ptr": "i64", "positions_ptr": "i64", "queries_ptr": "i64"}
         pointers |= {
-            f"{name}_ptr": "fp32" for name in ("peak", "total", "sum", "sums", "mass", "mean", "dbias", "drelative")
+            f"{name}_ptr": "fp32"
+            for name in ("peak", "total", "sum", "sums", "mass", "mean", "dbias", "drelative", "decay")
         }
         types = {}
         for argument in self.function.arg_names:
@@ -200,6 +204,21 @@ def cases() -> Iterator[Case]:
                 triton_cached_attention.combine_configs(),
                 (("DV", block - 8), ("BLOCK_DV", block), ("BLOCK_SPLITS", triton_cached_attention.SPLITS)),
             )
+        for block in triton_decay_attention.WIDTHS:
+            for along in (1, 3):
+                for softmax in (True, False):
+                    yield Case(
+                        triton_decay_attention.KERNEL,
+                        triton_decay_attention.case(dtype, block, along=along, softmax=softmax),
+                        decay_attention.decay_attention,
+                        dtype,
+                        triton_decay_attention.configs(dtype),
+                        (
+                            *(("D", block - 8), ("BLOCK_D", block), ("DV", block - 8), ("BLOCK_DV", block)),
+                            *(("ALONG", along), ("SOFTMAX", softmax), ("CAUSAL", along == 1), ("UPCAST", False)),
+                            *((f"stride_{x}", 1) for x in ("qd", "kd", "vd")),
+                        ),
+                    )
         for fuse in (False, True):
             yield Case(
                 triton_select_tokens.KERNEL,

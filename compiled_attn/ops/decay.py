@@ -84,7 +84,7 @@ def decay_cost(
     """Two products over all places along the axes; a causal axis counts in full."""
     del scale, softmax, causal
     queries = q.numel() // q.shape[-1]
-    places = math.prod(q.shape[1 + a] for a in _along(q, along))
+    places = math.prod(q.shape[1 + a] for a in along_of(q, along))
     flops = 2 * queries * places * (q.shape[-1] + v.shape[-1])
     return Cost(flops, bytes_of(q, k, v, decay) + queries * v.shape[-1] * q.element_size())
 
@@ -156,7 +156,8 @@ def _map(x: Tensor, axes: Sequence[int], sizes: Sequence[Any]) -> Tensor:
     return x.unflatten(-2, list(sizes)).movedim(list(range(-1 - count, -1)), [1 + a for a in axes])
 
 
-def _along(q: Tensor, along: Axes) -> list[int]:
+def along_of(q: Tensor, along: Axes) -> list[int]:
+    """The spatial axes that attention goes along."""
     return list(range(q.dim() - 3)) if along is None else list(along)
 
 
@@ -183,7 +184,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, along: Axes, causal: 
             facts=f"it holds a number for each of the {q.shape[-2]} heads",
             do="give decay as [H]",
         )
-    axes = _along(q, along)
+    axes = along_of(q, along)
     if not axes or axes != sorted(set(axes)) or not all(0 <= a < rank for a in axes):
         raise OpError(
             f"{op}: along is {axes}", facts=f"q has {rank} spatial axes, numbered from 0", do="name them in order, once"

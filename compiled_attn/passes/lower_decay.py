@@ -1,11 +1,12 @@
-"""Turns attention with decay into plain attention with a bias, where its sizes and decay are known.
+"""Turns attention with decay into plain attention with a bias, where no template serves it and its sizes are known.
 
     y = decay_attention(q, k, v, decay, scale=0.2, along=[1])     ->     q, k, v = [B Y, H, X, D] views of q, k, v
                                                                          a = scaled_dot_product_attention(q, k, v, bias)
                                                                          y = a as a map
 
-bias [1, H, N, N] is decay times distance, computed once. Retention has no softmax and stays, with its sentence, as does
-decay along symbolic axes. Never changes the numbers beyond rounding.
+bias [1, H, N, N] is decay times distance, computed once. A template that accepts the op (Triton's) moves less: it
+stores no bias and copies no map whose columns are attended along, and the op stays for it. Retention has no softmax and
+stays, with its sentence, as does decay along symbolic axes. Never changes the numbers beyond rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import fx
 from compiled_attn import ops
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Edit, Program
-from compiled_attn.ops.decay import decay_bias
+from compiled_attn.ops.decay import along_of, decay_bias
+from compiled_attn.ops.templates import registry
 from compiled_attn.passes.match.positions import Numbering
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def refused(node: fx.Node, numbering: Numbering) -> str | None:
     q, decay = node.args[0], node.args[3]
     if not node.kwargs.get("softmax", True):
         return "retention has no softmax"
-    sizes = [q.meta["val"].shape[1 + a] for a in along_of(node)]  # type: ignore[union-attr]
+    sizes = [q.meta["val"].shape[1 + a] for a in along(node)]  # type: ignore[union-attr]
     if not all(isinstance(n, int) for n in sizes):
         return f"its sizes {sizes} are symbolic, the bias is computed for numbers"
     if numbering.constant(decay) is None:  # type: ignore[arg-type]
@@ -42,11 +44,16 @@ def refused(node: fx.Node, numbering: Numbering) -> str | None:
     return None
 
 
-def along_of(node: fx.Node) -> list[int]:
+def along(node: fx.Node) -> list[int]:
     """The spatial axes that attention goes along."""
     given: Any = node.kwargs.get("along")
-    rank = node.args[0].meta["val"].dim() - 3  # type: ignore[union-attr]
-    return list(range(rank)) if given is None else list(given)
+    return along_of(node.args[0].meta["val"], given)  # type: ignore[union-attr]
+
+
+def served(node: fx.Node, target: Target) -> bool:
+    """Whether a template of the target's takes the op as it is."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return registry.choose(ops.decay_attention.name, args, kwargs, target)[0] is not None
 
 
 def write(edit: Edit, node: fx.Node, numbering: Numbering) -> None:
@@ -54,7 +61,7 @@ def write(edit: Edit, node: fx.Node, numbering: Numbering) -> None:
     new = edit.node_of[node]
     q, k, v = new.args[:3]
     value: Any = numbering.constant(node.args[3])  # type: ignore[arg-type]
-    axes, rank = along_of(node), q.meta["val"].dim() - 3  # type: ignore[union-attr]
+    axes, rank = along(node), q.meta["val"].dim() - 3  # type: ignore[union-attr]
     rest = [a for a in range(rank) if a not in axes]
     order = [0, *(1 + a for a in rest), rank + 1, *(1 + a for a in axes), rank + 2]
     sizes = [q.meta["val"].shape[1 + a] for a in axes]  # type: ignore[union-attr]
@@ -90,8 +97,8 @@ class LowerDecay:
     exact: ClassVar[bool] = True
 
     def run(self, program: Program, target: Target, notes: Notes) -> Program:
-        del target
-        found = [n for n in program.graph.nodes if n.target is ops.decay_attention.overload]
+        calls = [n for n in program.graph.nodes if n.target is ops.decay_attention.overload]
+        found = [n for n in calls if not served(n, target)]
         edit = None
         numbering = Numbering(program, None)
         for node in found:
@@ -101,7 +108,7 @@ class LowerDecay:
                 continue
             edit = edit or program.edit()
             write(edit, node, numbering)
-            notes.did(node, self.name, f"plain attention along axes {along_of(node)} with its decay as bias")
+            notes.did(node, self.name, f"plain attention along axes {along(node)} with its decay as bias")
         if edit is None:
             return program
         for node in edit.graph.nodes:

@@ -4,8 +4,8 @@
 `torch.library.triton_op`: Inductor and AOTInductor see into it and carry the kernel into generated code and packages.
 The configuration is the first that the template offers for the target. Under Triton's interpreter `attention`,
 `class_row`, `ragged_attention` and `select_tokens` run on CPU tensors. Local attention,
-neighborhoods, attention over a cache and depthwise blocks, which have gradients too, are launched by launch_local.py,
-launch_neighborhood.py, launch_cached.py and launch_depthwise.py.
+neighborhoods, attention with decay or over a cache and depthwise blocks, which have gradients too, are launched by
+launch_local.py, launch_neighborhood.py, launch_decay.py, launch_cached.py and launch_depthwise.py.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from compiled_attn.ops.templates import (
 from compiled_attn.ops.templates.triton_config import Config, block_of
 from compiled_attn.runtime import (
     launch_cached,
+    launch_decay,
     launch_depthwise,
     launch_local,
     launch_local_backward,
@@ -70,6 +71,7 @@ def _operators() -> dict[str, Any]:
         "attention": _attention,
         "attention_with_class_row": _attention_with_class_row,
         "cached_attention": launch_cached.operator,
+        "decay_attention": launch_decay.operator,
         "depthwise_block": launch_depthwise.operator,
         "depthwise_input_gradient": launch_depthwise.input_gradient_operator,
         "depthwise_weight_gradient": launch_depthwise.gradient_operator,
@@ -82,6 +84,7 @@ def _operators() -> dict[str, Any]:
         op: torch.library.triton_op(f"compiled_attn_triton::{op}", launch, mutates_args=())
         for op, launch in launches.items()
     }
+    launch_decay.differentiable(found["decay_attention"])
     launch_depthwise.differentiable(
         *(found[f"depthwise_{name}"] for name in ("block", "input_gradient", "weight_gradient"))
     )
@@ -172,6 +175,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "attention": _call_attention,
     "attention_with_class_row": _call_class_row,
     "cached_attention": launch_cached.call,
+    "decay_attention": launch_decay.call,
     "depthwise_block": launch_depthwise.call,
     "depthwise_input_gradient": launch_depthwise.call_input_gradient,
     "depthwise_weight_gradient": launch_depthwise.call_gradient,

@@ -93,8 +93,8 @@ def test_an_op_without_a_kernel_is_refused_with_the_list_of_those_that_have_one(
     from compiled_attn.runtime import launch
 
     kernels = (
-        "attention, attention_with_class_row, cached_attention, depthwise_block, depthwise_input_gradient, "
-        "depthwise_weight_gradient, local_attention, neighborhood_apply, "
+        "attention, attention_with_class_row, cached_attention, decay_attention, depthwise_block, "
+        "depthwise_input_gradient, depthwise_weight_gradient, local_attention, neighborhood_apply, "
         "ragged_attention, select_tokens"
     )
     with pytest.raises(TargetError, match=kernels):

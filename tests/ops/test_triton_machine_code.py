@@ -23,13 +23,14 @@ def compiled(*options):
 
 
 def test_what_is_chosen_for_heads_of_64_compiles_within_the_limits_of_every_target():
-    found = compiled("--case", "d64$|d64 bias$|half d64 2d$|half m16 d32$|^fp32$|fuse")
+    found = compiled("--case", "d64$|d64 bias$|half d64 axis$|half d64 2d$|half m16 d32$|^fp32$|fuse")
     assert {line["kernel"] for line in found} == {
         "attention",
         "cached_attention_combine",
         "cached_attention_split",
         "class_row_logits",
         "class_row_mean",
+        "decay_attention",
         "depthwise",
         "depthwise_gradient",
         "depthwise_input_gradient",

@@ -11,6 +11,7 @@ from compiled_attn.ir import targets
 from compiled_attn.ir.notes import Notes
 from compiled_attn.passes.base import run_passes
 from compiled_attn.passes.lower_decay import LowerDecay
+from compiled_attn.runtime import lower
 from compiled_attn.runtime.capture import capture
 
 CPU = targets.load("cpu")
@@ -55,6 +56,19 @@ def test_attention_with_decay_becomes_one_plain_attention_with_equal_numbers_at_
     assert (after(x) - model(x)).abs().max() < 1e-6
     again, _ = run_passes(after, [LowerDecay()], CPU, Notes())
     assert again is after
+
+
+@pytest.mark.parametrize("options", [{}, {"along": [0]}, {"softmax": False}], ids=str)
+def test_on_a_gpu_it_stays_for_the_template(options):
+    pytest.importorskip("triton")
+    before = capture(Decayed(**options), (torch.randn(2, 3, 5, 24),), {}, dynamic_shapes=(BATCH,), mode="inference")
+    notes = Notes()
+    a100 = targets.load("a100")
+    after, _ = run_passes(before, [LowerDecay()], a100, notes)
+    assert after is before and not notes.misses
+    lowered = lower.lower(after, a100, notes, strict=True)
+    assert [note.what for note in notes.of("decay_attention").done] == ["triton_decay_attention"]
+    assert any("compiled_attn_triton.decay_attention" in str(n.target) for n in lowered.graph.nodes)
 
 
 def test_retention_stays_and_says_why():

@@ -62,6 +62,7 @@ def test_every_triton_template_has_its_kernels_needs_on_record():
         "attention": ((q, q, q, None), {"scale": 1.0}),
         "attention_with_class_row": ((q, q, q, None), {"scale": 1.0}),
         "cached_attention": ((q[:, :, :1], q, q, whole, whole[:, 0, :1]), {"scale": 1.0}),
+        "decay_attention": ((m, m, m, torch.empty(2)), {"scale": 1.0, "along": [0]}),
         "depthwise_block": ((torch.empty(2, 24, 7, 7), torch.empty(3, 3, 24)), {"norm_eps": 1e-6}),
         "depthwise_input_gradient": (
             (torch.empty(2, 24, 4, 4), torch.empty(3, 3, 24)),

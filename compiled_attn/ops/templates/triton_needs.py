@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from compiled_attn.ops.decay import along_of
 from compiled_attn.ops.templates import (
     triton_attention,
     triton_cached_attention,
     triton_class_row,
+    triton_decay_attention,
     triton_depthwise,
     triton_depthwise_gradient,
     triton_depthwise_input_gradient,
@@ -83,6 +85,13 @@ def _cached(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[
     ]
 
 
+def _decay(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
+    q, _, v, _ = args
+    block, along = max(block_of(q.shape[-1]), block_of(v.shape[-1])), len(along_of(q, kwargs.get("along")))
+    case = triton_decay_attention.case(q.dtype, block, along=along, softmax=kwargs.get("softmax", True))
+    return [(triton_decay_attention.KERNEL, case, triton_decay_attention.chosen(args, kwargs, target)[0])]
+
+
 def _depthwise(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[tuple[str, str, Config]]:
     case = triton_depthwise.case(args[0].dtype, triton_depthwise.norm_block(args, kwargs))
     return [(triton_depthwise.KERNEL, case, triton_depthwise.chosen(args, kwargs, target)[0])]
@@ -118,6 +127,7 @@ _CHOSEN: dict[str, Callable[..., list[tuple[str, str, Config]]]] = {
     "attention": _attention,
     "attention_with_class_row": _class_row,
     "cached_attention": _cached,
+    "decay_attention": _decay,
     "depthwise_block": _depthwise,
     "depthwise_input_gradient": _depthwise_input_gradient,
     "depthwise_weight_gradient": _depthwise_gradient,
