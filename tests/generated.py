@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import IO
 
 KERNEL = re.compile(r'\nextern "C"[^(]*\bvoid\s+(\w+)\([^)]*\)\s*\{(.*?)(?=\nextern "C"|\Z)', re.DOTALL)
 INDEX = re.compile(r"static_cast<int64_t>\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")
@@ -25,6 +26,15 @@ def conversions(path: str | Path) -> dict[str, int]:
     mentions = re.findall(r"(\bvoid\s+)?\b(\w+)\(", code)
     calls = Counter(name for declared, name in mentions if name in found and not declared)
     return dict(calls + Counter(COPY.findall(code)))
+
+
+def regions(path: str | Path | IO[bytes]) -> list[str]:
+    """The pragmas by which Inductor's own kernels in a `.pt2` start threads; what our templates do is not told."""
+    with zipfile.ZipFile(path) as archive:
+        code = "\n".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp"))
+    bodies = (body.partition("\n}\n")[0] for _, body in KERNEL.findall(code))
+    own = (body for body in bodies if "compiled_attn_cpp::" not in body)
+    return [line.strip() for body in own for line in body.splitlines() if "omp parallel" in line]
 
 
 def _nests(body: str) -> list[str]:

@@ -294,6 +294,76 @@ def _over_usual_axes(nodes: Sequence[fx.Node]) -> bool:
     return transposed and all(p == (0, 2, 1, 3) for p in (*query, *key[1:], *value))
 
 
+WORTH_THREADS = 16 * 1024  # iterations of a loop from which a parallel region pays
+
+
+def start_threads_for_work_only() -> None:
+    """Has Inductor open parallel regions only for loops that pay for them, in code of `cpp.dynamic_threads`; again is
+    free.
+
+    There it opens one for every loop, however short, as it does not know the threads (torch 2.11 to 2.13). A region
+    costs 5 to 10 us, and, where other processes have the cores, the wait for a thread that is not running. An iteration
+    moves some 10 bytes, so that WORTH_THREADS of them take about 10 us, of which a second thread saves half. Loops of
+    fewer are left to one thread; where sizes are symbolic, the region asks for them when it is entered. For good and
+    not around a build, since backward graphs are compiled when they are first run.
+    """
+    from torch._inductor import config
+    from torch._inductor.codegen import cpp
+    from torch._inductor.utils import DelayReplaceLine, sympy_product
+
+    if hasattr(cpp.WorkSharing, "begun"):
+        return
+    decided, written = cpp.CppKernel.decide_parallel_depth, cpp.CppKernel.codegen_loops_impl
+
+    def decide(self: Any, most: Any, threads: int) -> Any:
+        found = decided(self, most, threads)
+        work = sympy_product(self.call_ranges)
+        if config.cpp.dynamic_threads and work.is_number and work < WORTH_THREADS:
+            return type(found)(parallel_depth=0, start_depth=found.start_depth)
+        return found
+
+    def write(self: Any, nest: Any, code: Any, sharing: Any) -> None:
+        outer = isinstance(nest.kernel, cpp.OuterLoopFusedKernel)
+        kernels = [inner.get_kernel() for inner in nest.kernel.inner] if outer else [self]
+        sharing.begun = tuple(sympy_product(kernel.ranges) for kernel in kernels)
+        written(self, nest, code, sharing)
+
+    class Sharing(cpp.WorkSharing):
+        """begun: iterations of the loops that are being written.  shared: of all in the region that is open."""
+
+        begun: tuple[Any, ...] = ()
+        shared: list[Any]
+
+        def parallel(self, threads: int) -> None:
+            if not self.in_parallel:
+                self.shared = []
+            shared, line = self.shared, self.code.writeline
+            shared += self.begun
+            if self.in_parallel or not config.cpp.dynamic_threads:
+                return super().parallel(threads)
+
+            def asking(text: Any) -> None:
+                pragma = text.startswith("#pragma omp parallel")
+                line(DelayReplaceLine("$work", lambda: _work_asked(shared), f"{text}$work") if pragma else text)
+
+            with patch.object(self.code, "writeline", asking):
+                return super().parallel(threads)
+
+    cpp.CppKernel.decide_parallel_depth = decide  # type: ignore[method-assign]
+    cpp.CppKernel.codegen_loops_impl = write  # type: ignore[method-assign]
+    cpp.WorkSharing = Sharing  # type: ignore[misc]
+
+
+def _work_asked(iterations: list[Any]) -> str:
+    """The clause with which a region over loops of so many iterations asks for its work; none where that is known."""
+    from torch._inductor.codegen.cpp_utils import cexpr_index
+
+    if any(work.is_number and work >= WORTH_THREADS for work in iterations):
+        return ""
+    open_ones = dict.fromkeys(work for work in iterations if not work.is_number)
+    return f" if ({' || '.join(f'{cexpr_index(work)} >= {WORTH_THREADS}' for work in open_ones)})" if open_ones else ""
+
+
 def inductor_state() -> str:
     """Digest of Inductor's whole configuration, as far as it can change generated code."""
     from torch._inductor import config
@@ -740,11 +810,14 @@ def inductor_lowering(overload: Any) -> Any:
     return lowerings.get(overload)
 
 
-def compile_and_read(model: Any, *args: Any) -> tuple[Any, str]:
-    """`model` compiled by torch.compile with symbolic sizes and called once; and the code that Inductor wrote."""
+def compile_and_read(model: Any, *args: Any, dynamic: bool = True, **options: Any) -> tuple[Any, str]:
+    """`model` compiled by torch.compile and called once; and the code that Inductor wrote.
+
+    dynamic: with symbolic sizes.  options: Inductor's.
+    """
     from torch._inductor.utils import run_and_get_code
 
-    compiled = torch.compile(model, dynamic=True)
+    compiled = torch.compile(model, dynamic=dynamic, options=options or None)
     _, code = run_and_get_code(compiled, *args)
     return compiled, "\n".join(code)
 

@@ -38,6 +38,7 @@ def register() -> None:
     with _lock:
         _torch.keep_sums_within_their_buffers()
         _torch.keep_axes_of_attention()
+        _torch.start_threads_for_work_only()
         for name, lowering in registry.CPP_LOWERINGS.items():
             _torch.register_inductor_lowering(OPS[name].overload, lowering)
 

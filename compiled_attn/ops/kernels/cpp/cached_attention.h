@@ -10,7 +10,8 @@
 // does not see are left out before the first product, so that a cache costs what it holds. Memory plan of a task
 // (floats): share * S probabilities, and S numbers of slots. Where one query a text makes fewer tasks than would keep
 // all threads at work, the slots that it sees are divided among several, whose parts are then put together: beside the
-// same of all tasks, a peak and a total a part and head, and its share of `out`.
+// same of all tasks, a peak and a total a part and head, and its share of `out`. A cache that is read in a few
+// microseconds is left to one thread.
 #ifndef COMPILED_ATTN_CPP_CACHED_ATTENTION_H
 #define COMPILED_ATTN_CPP_CACHED_ATTENTION_H
 
@@ -144,7 +145,9 @@ COMPILED_ATTN_INLINE int64_t seen_slots(const CacheShape& s, const int64_t* held
   return count;
 }
 
-// Fewest slots of a part that are worth a thread's start.
+// Fewest bytes of keys and values, once a query, from which threads are worth their start: some 10 us of reading.
+constexpr int64_t kBytesWorthThreads = 256 * 1024;
+// Fewest slots of a part.
 constexpr int64_t kSlotsOfAPart = 128;
 
 // Parts of each task's slots, as many as divide the tasks evenly among the threads.
@@ -157,11 +160,11 @@ inline int64_t cache_parts(const CacheShape& s, int64_t tasks) {
   return 1;
 }
 
-// A task is one key head of a text; its slots are not shared out.
+// A task is one key head of a text; its slots are not shared out. shared: whether the tasks are, among threads.
 template <class T>
 void cached_attention_whole(const CacheShape& s, const T* q, const T* k, const T* v, const int64_t* positions,
-                            const int64_t* queries, T* out, float* mass, int64_t tasks) {
-#pragma omp parallel for if (tasks > 1)
+                            const int64_t* queries, T* out, float* mass, int64_t tasks, bool shared) {
+#pragma omp parallel for if (shared && tasks > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t g = task % s.groups, b = task / s.groups;
     std::vector<int64_t> seen(s.slots);
@@ -258,9 +261,11 @@ void cached_attention_parts(const CacheShape& s, const T* q, const T* k, const T
 template <class T>
 void cached_attention(const CacheShape& s, const T* q, const T* k, const T* v, const int64_t* positions,
                       const int64_t* queries, T* out, float* mass) {
-  const int64_t tasks = s.batch * s.groups, parts = cache_parts(s, tasks);
+  const int64_t tasks = s.batch * s.groups, rows = tasks * s.queries * s.slots;
+  const bool shared = rows * (s.width + s.value_width) * int64_t(sizeof(T)) >= kBytesWorthThreads;
+  const int64_t parts = shared ? cache_parts(s, tasks) : 1;
   if (parts == 1) {
-    cached_attention_whole(s, q, k, v, positions, queries, out, mass, tasks);
+    cached_attention_whole(s, q, k, v, positions, queries, out, mass, tasks, shared);
   } else {
     cached_attention_parts(s, q, k, v, positions, queries, out, mass, tasks, parts);
   }
