@@ -54,6 +54,16 @@ def test_a_text_that_ended_leaves_no_trace_in_the_others_or_in_its_own_cache():
     assert found.conversation.kept(0)[0] == alone.conversation.kept(0)[0]
 
 
+def test_a_text_ends_behind_several_tokens_in_a_row_that_it_said_itself():
+    texts = [prompt(9), prompt(3, 1)]
+    options = {"max_new_tokens": 10, "temperature": 1.5, "seed": 3}
+    free = ca.generate(decoder(), texts, **options).tokens
+    stop = [free[0][2:5], [texts[1][-1], free[1][0]], [free[1][0], VOCABULARY]]
+    found = ca.generate(decoder(), texts, stop=stop, **options)
+    assert found.ended == ["stop", "length"]
+    assert found.tokens == [free[0][:5], free[1]]
+
+
 def test_two_turns_in_one_conversation_are_one_text():
     first = ca.generate(decoder(None, 40), [prompt(5)], max_new_tokens=4)
     second = ca.generate(decoder(None, 40), [prompt(6, 3)], max_new_tokens=5, conversation=first.conversation)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import VOCABULARY
+from generated import regions
 
 import compiled_attn as ca
 from compiled_attn.ir.errors import CompiledAttnError, ContractError
@@ -98,6 +102,37 @@ def test_the_runner_ends_a_text_behind_a_stop_token_and_lets_the_others_go_on(
     assert len(wanted.tokens[0]) <= 5
 
 
+def test_the_runner_ends_a_text_behind_several_tokens_in_a_row_and_prints_each_as_it_comes(
+    file: DecoderFile, loaded: Decoder, runner: Path, tmp_path: Path
+) -> None:
+    texts, given = prompts((9, 9)), {"temperature": 1.3, "seed": 2}
+    free = ca.generate(loaded, texts, max_new_tokens=20, **given).tokens
+    stop = [free[0][3:6], [free[1][0], VOCABULARY], free[1][7:9]]
+    heard: list[tuple[int, int]] = []
+    wanted = ca.generate(
+        loaded, texts, max_new_tokens=20, stop=stop, on_token=lambda *said: heard.append(said), **given
+    )
+    assert wanted.ended == ["stop", "stop"] and [len(t) for t in wanted.tokens] == [6, 9]
+    words = ["--temperature", "1.3", "--seed", "2", "--stream"]
+    words += [w for tokens in stop for w in ("--stop", ",".join(map(str, tokens)))]
+    lines: list[str] = []
+    found = spoken(runner, file.path, np.array(texts), tmp_path / "out", 20, options=words, heard=lines)
+    assert [[t for t in row if t >= 0] for row in found.tolist()] == wanted.tokens
+    assert lines[:-1] == [f"{text} {token}" for text, token in heard] and lines[-1].startswith("tokens ")
+
+
+def test_the_runner_does_not_hold_tokens_back(file: DecoderFile, runner: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.array(prompts((9,))))
+    words = [runner, file.path, "--count", "99999999", "--input", f"tokens={tmp_path / 'tokens.npy'}", "--stream"]
+    with subprocess.Popen([*words, "--output-dir", tmp_path], stdout=subprocess.PIPE) as saying:
+        assert saying.stdout is not None
+        parts = [os.read(saying.stdout.fileno(), 1 << 20) for _ in range(6)]  # a full buffer would cut a line
+        assert saying.poll() is None
+        saying.kill()
+    assert all(part.endswith(b"\n") for part in parts)
+    assert all(line.startswith(b"0 ") for part in parts for line in part.splitlines())
+
+
 def test_the_weights_are_there_once_in_the_file_and_in_memory(file: DecoderFile, loaded: Decoder) -> None:
     members, digest = archive.unpack(memoryview(file.path.read_bytes()), "")
     found = programs.programs_of(members, digest, "")
@@ -112,6 +147,12 @@ def test_the_weights_are_there_once_in_the_file_and_in_memory(file: DecoderFile,
     assert len(prompt | step) == len(found.weights)
     slots = 8 * (BUDGET + 1)  # bytes of the numbers up to the step's slots, its budget and the new token's
     assert sum(dict(prompt.items() ^ step.items()).values()) <= slots
+
+
+def test_a_step_starts_threads_only_where_its_work_pays_for_them(file: DecoderFile) -> None:
+    members, _ = archive.unpack(memoryview(file.path.read_bytes()), "")
+    found = regions(io.BytesIO(members["model/step.pt2"]))
+    assert found and all(re.fullmatch(r"#pragma omp parallel if \(.+ >= \d+\)", line) for line in found)
 
 
 def test_two_conversations_over_one_file_do_not_mix(loaded: Decoder) -> None:
@@ -275,8 +316,12 @@ def spoken(
     count: int,
     state: Sequence[str] = (),
     options: Sequence[str] = (),
+    heard: list[str] | None = None,
 ) -> np.ndarray:
-    """What the C++ runner says behind the tokens [B, T], going on with a state if one is given."""
+    """What the C++ runner says behind the tokens [B, T], going on with a state if one is given.
+
+    heard: takes the lines that it prints.
+    """
     path = out.with_suffix(".npy")
     np.save(path, tokens)
     words = [str(runner), str(file), "--count", str(count), "--output-dir", str(out), *options]
@@ -284,4 +329,6 @@ def spoken(
         words += ["--input", given]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    if heard is not None:
+        heard += done.stdout.splitlines()
     return np.load(out / "tokens.npy")

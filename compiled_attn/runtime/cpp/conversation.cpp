@@ -31,6 +31,10 @@ int64_t chunk_of(const Contract& contract) {
   return 1;
 }
 
+bool ends_with(const std::vector<int64_t>& said, const std::vector<int64_t>& tokens) {
+  return said.size() >= tokens.size() && std::equal(tokens.rbegin(), tokens.rend(), said.rbegin());
+}
+
 } // namespace
 
 Conversation::Conversation(
@@ -82,9 +86,8 @@ at::Tensor Conversation::logits(Model& model, const at::Tensor& tokens, const at
   return results.at(0).select(1, -1).cpu();
 }
 
-at::Tensor Conversation::generate(
-    Decoder& decoder, int64_t count, const Sampling& sampling, const std::vector<int64_t>& stop) {
-  require_room(decoder, count);
+at::Tensor Conversation::generate(Decoder& decoder, const Saying& saying) {
+  require_room(decoder, saying.count);
   const at::Tensor there = tokens_.ge(0);
   const at::Tensor place = (there.cumsum(1) - 1 + lengths_.unsqueeze(1)).masked_fill(there.logical_not(), -1);
   const at::Tensor filled = tokens_.clamp_min(0);
@@ -96,11 +99,21 @@ at::Tensor Conversation::generate(
   }
   lengths_ = lengths_ + there.sum(1);
   std::vector<at::Tensor> said;
+  std::vector<std::vector<int64_t>> texts(size_t(tokens_.size(0)));
   at::Tensor going = at::ones({tokens_.size(0), 1}, at::kBool);
-  for (int64_t i = 0; i < count; ++i) {
-    said.push_back(sampling.tokens(scores, lengths_).masked_fill(going.logical_not(), -1));
-    going = going.logical_and(at::isin(said.back(), at::tensor(stop, at::kLong)).logical_not());
-    if (i + 1 == count || !going.any().item<bool>()) break;
+  for (int64_t i = 0; i < saying.count; ++i) {
+    said.push_back(saying.sampling.tokens(scores, lengths_).masked_fill(going.logical_not(), -1));
+    for (int64_t text = 0; text < tokens_.size(0); ++text) {
+      const int64_t token = said.back()[text][0].item<int64_t>();
+      if (token < 0) continue;
+      std::vector<int64_t>& mine = texts[size_t(text)];
+      mine.push_back(token);
+      saying.on_token(text, token);
+      for (const std::vector<int64_t>& stop : saying.stop) {
+        if (ends_with(mine, stop)) going[text][0] = false;
+      }
+    }
+    if (i + 1 == saying.count || !going.any().item<bool>()) break;
     const at::Tensor place = lengths_.unsqueeze(1).masked_fill(going.logical_not(), -1);
     scores = logits(decoder.step, said.back().clamp_min(0), place);
     lengths_ = lengths_ + going.squeeze(1);

@@ -1,8 +1,8 @@
 // Runs an artifact of compiled_attn without Python:
 //   runner model.pt2 --input x=in.npy --output-dir out [--repeat N] [--threads N] [--expect-sha256 H] [--device D]
 //   runner decoder.pt2 --input tokens=in.npy --output-dir out [--count N]     continues texts
-//       [--temperature T] [--top-k K] [--top-p P] [--seed S] [--stop N ...]     greedily unless there is
-//       a temperature; a text ends behind a token N
+//       [--temperature T] [--top-k K] [--top-p P] [--seed S] [--stop N,N,... ...] [--stream]     greedily unless there
+//       is a temperature; a text ends behind a token or several in a row; each is printed with its text as it comes
 //   runner model.pt2 --info
 // Everything is checked before native code of the file is opened. Exit code: 0, or 1 with an error in four parts on
 // stderr, or 2 for a wrong command line.
@@ -40,7 +40,7 @@ const char* const kUsage =
     "usage: runner model.pt2 --input name=file.npy ... --output-dir folder\n"
     "              [--repeat N] [--threads N] [--expect-sha256 digest] [--device cpu|cuda[:i]]\n"
     "       runner decoder.pt2 --input tokens=file.npy --output-dir folder [--count N] [--input state=...]\n"
-    "              [--temperature T] [--top-k K] [--top-p P] [--seed S] [--stop N ...]\n"
+    "              [--temperature T] [--top-k K] [--top-p P] [--seed S] [--stop N,N,... ...] [--stream]\n"
     "       runner model.pt2 --info\n"
     "bfloat16 tensors are .npy files of uint16 bit patterns. Loading an artifact runs native code: trust the file.\n";
 
@@ -48,9 +48,8 @@ struct Options {
   Source source;
   std::string output;
   std::vector<std::pair<std::string, std::string>> inputs;
-  int repeat = 1, threads = 0, count = 64;
-  Sampling sampling;
-  std::vector<int64_t> stop;
+  int repeat = 1, threads = 0;
+  Saying saying;
   bool is_info = false;
 };
 
@@ -71,6 +70,22 @@ int64_t whole(const std::string& flag, const std::string& text) {
   return std::stoll(text);
 }
 
+// Tokens of a sequence "5,7,2".
+std::vector<int64_t> sequence(const std::string& flag, const std::string& text) {
+  std::vector<int64_t> found;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    found.push_back(whole(flag, text.substr(begin, end - begin)));
+    begin = end + 1;
+  }
+  return found;
+}
+
+void print_token(int64_t text, int64_t token) {
+  std::printf("%lld %lld\n", (long long)text, (long long)token);
+  std::fflush(stdout);
+}
+
 double fraction(const std::string& flag, const std::string& text, double most) {
   char* end = nullptr;
   const double value = std::strtod(text.c_str(), &end);
@@ -81,7 +96,8 @@ double fraction(const std::string& flag, const std::string& text, double most) {
 Options parse(int count, char** words) {
   Options options;
   std::random_device chance;
-  options.sampling.seed = uint64_t(chance()) << 32 | chance();
+  Sampling& sampling = options.saying.sampling;
+  sampling.seed = uint64_t(chance()) << 32 | chance();
   for (int i = 1; i < count; ++i) {
     std::string word = words[i];
     auto value = [&] {
@@ -99,17 +115,19 @@ Options parse(int count, char** words) {
     } else if (word == "--output-dir") {
       options.output = value();
     } else if (word == "--count") {
-      options.count = positive(word, value());
+      options.saying.count = positive(word, value());
     } else if (word == "--temperature") {
-      options.sampling.temperature = fraction(word, value(), std::numeric_limits<double>::max());
+      sampling.temperature = fraction(word, value(), std::numeric_limits<double>::max());
     } else if (word == "--top-p") {
-      options.sampling.top_p = fraction(word, value(), 1);
+      sampling.top_p = fraction(word, value(), 1);
     } else if (word == "--top-k") {
-      options.sampling.top_k = whole(word, value());
+      sampling.top_k = whole(word, value());
     } else if (word == "--stop") {
-      options.stop.push_back(whole(word, value()));
+      options.saying.stop.push_back(sequence(word, value()));
+    } else if (word == "--stream") {
+      options.saying.on_token = print_token;
     } else if (word == "--seed") {
-      options.sampling.seed = uint64_t(whole(word, value()));
+      sampling.seed = uint64_t(whole(word, value()));
     } else if (word == "--repeat") {
       options.repeat = positive(word, value());
     } else if (word == "--threads") {
@@ -257,7 +275,7 @@ void generate(const Options& options, std::string data) {
   Conversation talk(decoder, tokens->second, given);
   decoder.open();
   auto began = std::chrono::steady_clock::now();
-  at::Tensor said = talk.generate(decoder, options.count, options.sampling, options.stop);
+  at::Tensor said = talk.generate(decoder, options.saying);
   double spent = milliseconds(began);
   std::error_code status;
   fs::create_directories(options.output, status);
@@ -265,7 +283,8 @@ void generate(const Options& options, std::string data) {
   for (const auto& [name, tensor] : talk.state()) {
     write_npy((fs::path(options.output) / (name + ".npy")).string(), tensor.cpu());
   }
-  std::printf("tokens   %10d a text, %.3f ms each, %d threads\n", options.count, spent / options.count, at::get_num_threads());
+  const long long count = said.size(1);
+  std::printf("tokens   %10lld a text, %.3f ms each, %d threads\n", count, spent / double(count), at::get_num_threads());
 }
 
 } // namespace
