@@ -40,6 +40,7 @@ class AttentionSpec:
     bias_dtype: torch.dtype = torch.float32
     causal: bool = False
     scale: float = 0.25
+    softcap: float = 0.0
     seed: int = 0
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -141,6 +142,7 @@ def attention_specs(draw: st.DrawFn) -> AttentionSpec:
         bias_dtype=draw(DTYPES),
         causal=draw(st.booleans()),
         scale=draw(st.sampled_from([0.02, 0.125, 1.0])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 0.5, 30.0])),
         seed=draw(SEEDS),
     )
 
@@ -244,6 +246,7 @@ INPUTS: dict[str, list[Inputs]] = {
         _attention_inputs(AttentionSpec(batch=2, bias="heads", value_width=8)),
         _attention_inputs(AttentionSpec(batch=2, queries=7, bias="masked"), causal=True),
         _attention_inputs(AttentionSpec(batch=2, bias="keys", layouts=("gapped",) * 3)),
+        _attention_inputs(AttentionSpec(batch=2, bias="masked"), softcap=1.5),
     ],
     "attention_with_class_row": [
         _attention_inputs(AttentionSpec(batch=2)),
@@ -312,7 +315,7 @@ BAD_ATTENTION = [
 
 # Op -> (keyword arguments, words of the error).
 BAD_INPUTS: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "attention": BAD_ATTENTION,
+    "attention": [*BAD_ATTENTION, (_bad_attention() | {"softcap": -1.0}, "softcap is -1")],
     "attention_with_class_row": [
         *BAD_ATTENTION,
         (_bad_attention() | {"row": 5}, "there is no query 5"),

@@ -13,10 +13,17 @@ from compiled_attn.ops.rules import bytes_of, differ, exceeds, want_equal, want_
 Tensor = torch.Tensor
 
 
-def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
-    """softmax over M of scale * q k^T + bias, [B, H, N, M], at least in float32; a row with nothing to see is zeros."""
+def probabilities(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool, softcap: float = 0.0
+) -> Tensor:
+    """softmax over M of scale * q k^T + bias, [B, H, N, M], at least in float32; a row with nothing to see is zeros.
+
+    A `softcap` other than 0 bends the scaled scores s to softcap * tanh(s / softcap) (Gemma 2, section 2).
+    """
     wide = widened(q.dtype)
     scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias.to(wide)
     if causal:
@@ -31,31 +38,58 @@ def tokens_first(out: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-# attention: softmax(scale * q k^T + bias) v
+# attention: softmax(scale * q k^T + bias) v, the scaled product soft-capped where asked
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
-    attention_shape(q, k, v, bias, scale=scale, causal=causal)
-    p = probabilities(q, k, bias, scale, causal)
+    attention_shape(q, k, v, bias, scale=scale, causal=causal, softcap=softcap)
+    p = probabilities(q, k, bias, scale, causal, softcap)
     return tokens_first((p @ v.to(p.dtype)).to(q.dtype))
 
 
 def attention_shape(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     del scale, causal
     _check("attention", q, k, v, bias)
+    if not 0.0 <= softcap < float("inf"):
+        raise OpError(
+            f"attention: softcap is {softcap}",
+            facts="scores are bent to lie between -softcap and softcap; 0 leaves them",
+            do="give a number from 0 on",
+        )
     batch, heads, queries, _ = q.shape
     return q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
 
 
 def attention_cost(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> Cost:
     """Two products; a causal mask halves them."""
-    del scale
+    del scale, softcap
     batch, heads, queries, width = q.shape
     flops = 2 * batch * heads * queries * k.shape[2] * (width + v.shape[-1])
     out = batch * heads * queries * v.shape[-1] * q.element_size()
@@ -63,9 +97,19 @@ def attention_cost(
 
 
 def attention_decomposition(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """torch's SDPA, which takes a bias or a causal mask, not both."""
+    """torch's SDPA, which takes a bias or a causal mask, not both; it caps no scores, so that these are written out."""
+    if softcap:
+        p = probabilities(q, k, bias, scale, causal, softcap)
+        return tokens_first((p @ v.to(p.dtype)).to(q.dtype))
     mask = None if bias is None else bias.to(q.dtype)
     if causal and mask is not None:
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
@@ -76,7 +120,7 @@ def attention_decomposition(
 
 attention = define(
     "attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, float scale, bool causal=False) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, float scale, bool causal=False, float softcap=0.0) -> Tensor",
     reference=attention_reference,
     shape=attention_shape,
     gradient=by_vjp(attention_decomposition),

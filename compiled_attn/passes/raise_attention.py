@@ -4,10 +4,11 @@
     p = softmax(s + bias, -1)                     ->            q, k, v, bias, 0.0, False, scale=0.125)
     o = matmul(dropout(p), v)
 
+Scores capped by tanh, which torch's operator does not know, make it the vocabulary's attention(..., softcap=50.0).
 q, k, v become [B, H, N, D] views of the projections. What is recognised is dataflow alone: where axes come from, not
 what modules or nodes are called. Never raised: probabilities or scores that something else reads, anything but scaling,
-adding and masking between the products, a softmax over another axis than the one that the product with v sums over. A
-row that a -inf mask hides whole gives 0, where softmax gives NaN; the note says where that can happen.
+capping, adding and masking between the products, a softmax over another axis than the one that the product with v sums
+over. A row that a -inf mask hides whole gives 0, where softmax gives NaN; the note says where that can happen.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import fx
 
+from compiled_attn import ops
 from compiled_attn.ir import _torch
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Edit, Program
-from compiled_attn.ir.text import type_text
+from compiled_attn.ir.text import target_text, type_text
 from compiled_attn.passes.match import values
 from compiled_attn.passes.match.attention import Attention, match
 from compiled_attn.passes.match.axes import Dim, Layout, below, flat, is_layout_op, settled, whole
@@ -41,7 +43,7 @@ SDPA = aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class RaiseAttention:
-    """Every attention of the program as one scaled_dot_product_attention node."""
+    """Every attention of the program as one node."""
 
     name: ClassVar[str] = "raise-attention"
     exact: ClassVar[bool] = True
@@ -70,8 +72,8 @@ class RaiseAttention:
 
 
 def attention_blocks(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Attention in a program: SDPA nodes, and products that a softmax's result goes into (each once)."""
-    present = [n for n in program.graph.nodes if n.target is SDPA]
+    """Attention in a program: single nodes, and products that a softmax's result goes into (each once)."""
+    present = [n for n in program.graph.nodes if n.target in (SDPA, ops.attention.overload)]
     written: dict[fx.Node, None] = {}
     for node in program.graph.nodes:
         found = softmax(node) if node.op == "call_function" else None
@@ -94,6 +96,7 @@ class Plan:
     out: fx.Node
     out_layout: Layout
     scale: float
+    softcap: float
     factors: tuple[Step, ...]
     condition: str
 
@@ -146,11 +149,17 @@ def plan_for(edit: Edit, found: Attention) -> Plan | Decline:
     pv, qk = found.mixed.product.node, found.scores.product.node
     if q is None or k is None or v is None:
         return Decline(pv, f"{qk.name} is {_type(found.q[0])} while v is {_type(found.v[0])}")
-    scale = q.scale * k.scale
+    declined = _uncapped(edit.program, found)
+    if declined is not None:
+        return declined
+    scale, softcap = q.scale * k.scale, 0.0
     factors = []
     for place, step in enumerate(found.scores.steps):
         if step.kind == "scale":
             scale *= step.number
+            softcap *= abs(step.number)
+        elif step.kind == "cap":
+            softcap = 1.0
         elif step.kind == "factor":
             if set(flat(step.layout)) & set(whole(found.keys)) and set(flat(step.layout)) & set(whole(found.queries)):
                 return Decline(step.node, f"{step.node.name} multiplies each score by a factor of its own")
@@ -159,12 +168,31 @@ def plan_for(edit: Edit, found: Attention) -> Plan | Decline:
             return Decline(
                 step.node, f"{step.node.name} replaces scores by {step.number:g}, which no additive mask states"
             )
-    if not math.isfinite(scale):
+    if not math.isfinite(scale) or not math.isfinite(softcap):
         return Decline(qk, f"the scores {qk.name} are scaled by {scale}")
     wanted = [whole(dim) for dim in (batch, heads, found.queries, found.width)]
     out, out_layout = next((o for o in out_options if list(settled(o[1])) == wanted), out_options[0])
     condition = _condition(found)
-    return Plan(batch, heads, found.queries, found.keys, q, k, v, out, out_layout, scale, tuple(factors), condition)
+    return Plan(
+        batch, heads, found.queries, found.keys, q, k, v, out, out_layout, scale, softcap, tuple(factors), condition
+    )
+
+
+def _uncapped(program: Program, found: Attention) -> Decline | None:
+    """Why a tanh over the scores is no soft cap that the op states; None where it is, or there is none."""
+    steps = found.scores.steps
+    cap = next((i for i, step in enumerate(steps) if step.kind == "cap"), None)
+    if cap is None:
+        return None
+    node, before, behind = steps[cap].node, steps[:cap], steps[cap + 1 :]
+    name = f"{node.name} ({target_text(node.target)})"
+    if any(step.kind not in ("scale", "factor") for step in before) or any(s.kind in ("cap", "factor") for s in behind):
+        return Decline(node, f"{name} bends more than the scaled scores, or its result is scaled by a tensor")
+    if any(step.kind == "scale" and step.number == 0 for step in behind):
+        return Decline(node, f"{name} is multiplied by 0")
+    if program.mode != "inference" or found.mixed.dropout:
+        return Decline(node, f"{name} stands between the scores and {found.softmax.node.name} of a model in training")
+    return None
 
 
 def _batch_and_heads(found: Attention) -> tuple[Dim, Dim]:
@@ -218,8 +246,10 @@ def _build(builder: Builder, found: Attention, plan: Plan) -> fx.Node:
     bias = bias_of(builder, found, (b, h, n, m), values.dtype(q))
     builder.like = found.mixed.product.node
     v = builder.arrange(plan.v.node, plan.v.layout, (b, h, m, found.width))
-    dropout = found.mixed.dropout
-    result = builder.call(SDPA, q, k, v, bias, dropout, False, scale=scale)
+    if plan.softcap:
+        result = builder.call(ops.attention.overload, q, k, v, bias, scale=scale, softcap=plan.softcap)
+    else:
+        result = builder.call(SDPA, q, k, v, bias, found.mixed.dropout, False, scale=scale)
     if found.mixed.scale != 1.0:
         result = builder.call(aten.mul.Tensor, result, found.mixed.scale)
     result = builder.arrange(result, (b, h, n, found.width), plan.out_layout)
@@ -259,6 +289,7 @@ def _formula(found: Attention, plan: Plan) -> str:
     kinds = {s.kind for s in found.scores.steps if not invariant(s)}
     scale = f" * {plan.scale:.6g}" if plan.scale != 1.0 else ""
     factor = " * factor" if "factor" in kinds else ""
+    factor += f" capped at {plan.softcap:g}" if plan.softcap else ""
     bias = " + bias" if "bias" in kinds else ""
     mask = ", masked" if "mask" in kinds else ""
     kept = f"dropout({found.mixed.dropout:g}) " if found.mixed.dropout else ""

@@ -316,6 +316,8 @@ class RaiseLocalAttention:
             return program
         edit = None
         for node in program.graph.nodes:
+            if node.target is ops.attention.overload and node.kwargs.get("softcap"):
+                notes.miss(node, RULE, f"its scores are capped at {node.kwargs['softcap']:g}, the op bends none")
             if node.op != "call_function" or node.target is not SDPA:
                 continue
             found = match(program, node)

@@ -186,7 +186,7 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def probabilities(edit: Edit, node: fx.Node) -> fx.Node:
-    """softmax(q k^T * scale + bias) of an attention node, [B, H, N, M]; of a softmax, itself."""
+    """softmax(q k^T * scale, capped, + bias) of an attention node, [B, H, N, M]; of a softmax, itself."""
     if node.target in SOFTMAX:
         return node
     given = _arguments(node)
@@ -200,6 +200,9 @@ def probabilities(edit: Edit, node: fx.Node) -> fx.Node:
         k = call(aten.repeat_interleave.self_int, k, heads, -3)
     scores = call(aten.matmul.default, q, call(aten.transpose.int, k, -2, -1))
     scores = call(aten.mul.Tensor, scores, given["scale"])
+    if given["softcap"]:
+        scores = call(aten.tanh.default, call(aten.div.Tensor, scores, given["softcap"]))
+        scores = call(aten.mul.Tensor, scores, given["softcap"])
     if isinstance(bias, fx.Node) and bias.meta["val"].dtype == torch.bool:
         scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, bias), float("-inf"))
     elif isinstance(bias, fx.Node):
@@ -211,7 +214,7 @@ def probabilities(edit: Edit, node: fx.Node) -> fx.Node:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """q, k, bias, scale, causal and groups (fewer key heads than query heads) of an attention node."""
+    """q, k, bias, scale, causal, softcap and groups (fewer key heads than query heads) of an attention node."""
     target: Any = node.target
     schema = target._schema
     names = [a.name for a in schema.arguments]
@@ -223,7 +226,8 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
         scale = float(int(q.meta["val"].shape[-1])) ** -0.5
     bias = given.get("attn_mask", given.get("bias"))
     causal = given.get("is_causal", given.get("causal", False))
-    return {"q": q, "k": k, "bias": bias, "scale": scale, "causal": causal, "groups": given.get("enable_gqa", False)}
+    found = {"q": q, "k": k, "bias": bias, "scale": scale, "causal": causal}
+    return {**found, "softcap": given.get("softcap", 0.0), "groups": given.get("enable_gqa", False)}
 
 
 def _respecified(program: Program, out_spec: Any, more: int) -> Program:

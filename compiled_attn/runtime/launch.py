@@ -137,8 +137,18 @@ def _ragged_attention(
 
 
 def _call_attention(
-    launch: Any, target: str, q: Any, k: Any, v: Any, bias: Any = None, *, scale: float, causal: bool = False
+    launch: Any,
+    target: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> Any:
+    del softcap  # 0, or the template would have declined
     return launch(q, k, v, bias, scale, causal, target)
 
 

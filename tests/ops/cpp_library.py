@@ -109,6 +109,7 @@ def attention(
     *,
     scale: float,
     causal: bool,
+    softcap: float = 0.0,
 ) -> None:
     """Fills `out` [B, H, N, Dv]; every tensor is read or written by its strides."""
     library(variant).call_attention(
@@ -116,6 +117,7 @@ def attention(
         *_sizes(q, k, v, out, bias),
         ctypes.c_float(scale),
         int(causal),
+        ctypes.c_float(softcap),
         *(pointer(t) for t in (q, k, v, bias)),
         BIAS_KINDS[None if bias is None else bias.dtype],
         pointer(out),

@@ -41,12 +41,14 @@ def test_a_variant_is_compiled_for_what_it_names(variant):
 @example(spec=AttentionSpec(queries=3, keys=300, width=33, value_width=7, bias="blind", dtype=torch.bfloat16))
 @example(spec=AttentionSpec(queries=70, keys=300, causal=True, bias="full"))
 @example(spec=AttentionSpec(queries=300, keys=20, causal=True, dtype=torch.bfloat16))
+@example(spec=AttentionSpec(queries=70, keys=300, bias="masked", scale=1.0, softcap=0.5))
 def test_attention_equals_float64_and_writes_nothing_beside(variant, spec):
     q, k, v, bias = spec.tensors()
     room = torch.full((spec.batch, spec.queries, spec.heads, spec.value_width + 2), torch.nan, dtype=spec.dtype)
     out = room[..., 1:-1].transpose(1, 2)
-    cpp_library.attention(variant, q, k, v, bias, out, scale=spec.scale, causal=spec.causal)
-    wanted = probabilities(q.double(), k.double(), _double(bias), spec.scale, spec.causal) @ v.double()
+    cpp_library.attention(variant, q, k, v, bias, out, scale=spec.scale, causal=spec.causal, softcap=spec.softcap)
+    wide = (q.double(), k.double(), _double(bias))
+    wanted = probabilities(*wide, spec.scale, spec.causal, spec.softcap) @ v.double()
     assert room[..., 0].isnan().all() and room[..., -1].isnan().all()
     _close(out, wanted, v, spec.dtype, max(1.0, _logit(spec, q, k)))
 

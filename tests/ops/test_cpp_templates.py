@@ -5,8 +5,10 @@ from __future__ import annotations
 import laws
 import pytest
 import torch
+from local_models import LOCAL_CASES
 from torch import nn
 
+import compiled_attn as ca
 from compiled_attn.ir import _torch, targets
 from compiled_attn.ir.errors import LowerError
 from compiled_attn.ir.notes import Notes
@@ -39,7 +41,7 @@ class Neighbours(nn.Module):
         keep = ((count - 1) * 7 + 9) // 10
         tokens, index = ops.select_tokens(x, row[:, 1:], keep, prefix=1, fuse=True)
         plain = ops.attention(q * 1.5, k, v + 1, bias, scale=0.2) * 3 + 1
-        causal = ops.attention(q, k, v, None, scale=0.2, causal=True).sigmoid()
+        causal = ops.attention(q, k, v, None, scale=0.2, causal=True, softcap=1.5).sigmoid()
         only_row = ops.attention_with_class_row(q, k, v, bias, scale=0.1, row=1)[1].sqrt()
         only_tokens = ops.select_tokens(x.flip(1), row[:, 1:].float() + 1, 2, prefix=1)[0].abs()
         return tokens.tanh(), index + 1, plain, causal, row * 2, only_row, only_tokens
@@ -129,3 +131,14 @@ def test_registering_again_changes_nothing():
     before = _torch.inductor_lowering(ops.attention.default)
     lower.register()
     assert _torch.inductor_lowering(ops.attention.default) is before
+
+
+@pytest.mark.deep
+def test_a_stock_gemma_2_with_capped_scores_compiles_to_the_template_and_equals_eager():
+    case = LOCAL_CASES["Gemma2Model"]
+    model = case.model()
+    fast = ca.compile(model, example_kwargs=case.case.example(), dynamic_shapes=case.case.dynamic(), strict=True)
+    with torch.no_grad():
+        given = case.case.example(3, seed=1)
+        laws.near(fast(**given).last_hidden_state, model(**given).last_hidden_state, 2e-5)
+    assert fast.builds[0].calls["cpp_attention"] == 2

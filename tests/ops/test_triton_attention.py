@@ -51,6 +51,10 @@ def test_a_call_that_is_not_covered_is_declined_with_its_reason(change, because)
     assert template.accepts(tensors(**given), {}, target) == because
 
 
+def test_capped_scores_are_declined():
+    assert template.accepts(tensors(), {"softcap": 50.0}, A100) == "its scores are capped at 50, the kernel bends none"
+
+
 def test_a_bias_of_integers_is_declined():
     bias = torch.empty(197, 197, dtype=torch.bool, device="meta")
     assert (

@@ -346,6 +346,20 @@ def capped(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined((torch.tanh(heads(q) @ heads(k).mT) * 5).softmax(-1) @ heads(v))
 
 
+def capped_and_masked(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = heads(q * 0.5) @ heads(k).mT
+    scores = torch.tanh(scores / 3) * -3
+    return joined(scores.masked_fill(~m.keep, -torch.inf).softmax(-1) @ heads(v))
+
+
+def capped_behind_bias(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return joined((torch.tanh(heads(q) @ heads(k).mT + m.bias) * 5).softmax(-1) @ heads(v))
+
+
+def capped_twice(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return joined((torch.tanh(torch.tanh(heads(q) @ heads(k).mT)) * 5).softmax(-1) @ heads(v))
+
+
 def weighted_scores(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined((heads(q) @ heads(k).mT * m.bias).softmax(-1) @ heads(v))
 
@@ -405,6 +419,11 @@ FORMS: dict[str, Form] = {
     "grouped keys": Form(grouped_keys, "softmax(q k^T * 0.25) v"),
 }
 
+CAPPED: dict[str, Form] = {
+    "capped": Form(capped, "softmax(q k^T * 5 capped at 5) v"),
+    "scaled, capped, masked": Form(capped_and_masked, "softmax(q k^T * -0.5 capped at 3, masked) v"),
+}
+
 REFUSED: dict[str, Form] = {
     "softmax over queries": Form(wrong_axis, "normalises over dimension 2", raised=False),
     "softmax over heads": Form(wrong_axis_heads, "normalises over dimension 1", raised=False),
@@ -413,7 +432,8 @@ REFUSED: dict[str, Form] = {
     "talking heads before": Form(talking_heads, "stands between the scores", raised=False),
     "talking heads behind": Form(talking_probabilities, "and the product with v and mixes heads", raised=False),
     "gated probabilities": Form(gated, "and the product with v", raised=False),
-    "capped scores": Form(capped, "(tanh) stands between the scores", raised=False),
+    "capped behind a bias": Form(capped_behind_bias, "bends more than the scaled scores", raised=False),
+    "capped twice": Form(capped_twice, "bends more than the scaled scores", raised=False),
     "each score its own factor": Form(weighted_scores, "multiplies each score by a factor of its own", raised=False),
     "a mask that hides little": Form(shallow_mask, "replaces scores by -10", raised=False),
     "no product above": Form(no_product, "no product of queries and keys lies above", raised=False),

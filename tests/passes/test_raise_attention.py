@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_forms import FORMS, REFUSED, B, C, Form, N
+from attention_forms import CAPPED, FORMS, REFUSED, B, C, Form, N
 
+from compiled_attn import ops
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Program
 from compiled_attn.passes.base import run_passes
@@ -51,6 +52,24 @@ def test_every_form_becomes_one_sdpa_node_with_eager_numbers_at_1e_5(form: Form)
     assert all(a.meta["val"].dim() == 4 for a in node.args[:3])
     assert not nodes(program, torch.ops.aten.softmax.int)
     assert error(block, program) < 1e-5
+
+
+@pytest.mark.parametrize("form", CAPPED.values(), ids=CAPPED.keys())
+def test_scores_capped_by_tanh_make_one_node_of_the_vocabulary_with_eager_numbers_at_1e_5(form: Form) -> None:
+    block = form.block()
+    program, notes = raised(captured(block))
+    assert [note.what for note in notes.done] == [form.says] and not notes.misses
+    assert len(nodes(program, ops.attention.overload)) == 1
+    assert not nodes(program, torch.ops.aten.softmax.int) and not nodes(program, torch.ops.aten.tanh.default)
+    assert error(block, program) < 1e-5
+    assert [len(found) for found in attention_blocks(program)] == [1, 0]
+
+
+def test_capped_scores_stay_in_training() -> None:
+    program = captured(CAPPED["capped"].block(), mode="train")
+    result, notes = raised(program)
+    assert result is program
+    assert "(tanh) stands between the scores" in notes.misses[0].because
 
 
 @pytest.mark.parametrize("form", REFUSED.values(), ids=REFUSED.keys())

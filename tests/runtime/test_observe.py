@@ -82,6 +82,26 @@ def test_probabilities_of_masked_attention_reproduce_its_output(kind):
     assert worst(found @ x, out) < TOLERANCE
 
 
+class Capped(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.tanh(x @ x.transpose(-2, -1) / 3) * 3).softmax(-1) @ x
+
+
+def test_probabilities_of_capped_attention_reproduce_its_output():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = Capped()
+
+        def forward(self, x):
+            return self.attn(x) + 0
+
+    x = torch.randn(2, 2, 6, 8)
+    with torch.no_grad():
+        out, taps = observe(Outer(), ["attn:probabilities"])(x)
+    assert worst(taps["attn:probabilities"] @ x, out) < TOLERANCE
+
+
 def test_a_module_called_twice_gives_both_values():
     class Twice(nn.Module):
         def __init__(self) -> None:

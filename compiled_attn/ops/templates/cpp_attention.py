@@ -40,14 +40,16 @@ def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str |
 TEMPLATE = Template(NAME, "attention", "cpu", accepts)
 
 
-def lowering(q: Any, k: Any, v: Any, bias: Any = None, *, scale: float, causal: bool = False) -> Any:
+def lowering(
+    q: Any, k: Any, v: Any, bias: Any = None, *, scale: float, causal: bool = False, softcap: float = 0.0
+) -> Any:
     """Inductor's lowering, of its own values; None where the kernel does not cover the call."""
     if not covered(q, bias):
         return None
     inputs, out = operands(q, k, v, bias)
 
     def source(views: dict[str, Any]) -> tuple[str, str]:
-        return marked(NAME, "attention.h"), shape(views, scale, causal) + attention_call(views)
+        return marked(NAME, "attention.h"), shape(views, scale, causal, softcap) + attention_call(views)
 
     return _torch.cpp_template(NAME, inputs, [out], source)[0]
 
@@ -75,7 +77,7 @@ def operands(q: Any, k: Any, v: Any, bias: Any) -> tuple[dict[str, Any], tuple[A
     return inputs, (q.get_dtype(), [batch, heads, queries, width], strides)
 
 
-def shape(views: dict[str, Any], scale: float, causal: bool) -> str:
+def shape(views: dict[str, Any], scale: float, causal: bool, softcap: float = 0.0) -> str:
     """C++ statements that fill `s`, the kernel's AttentionShape."""
     q, k, v, bias = views["q"], views["k"], views["v"], views.get("bias")
     sizes = (*q.sizes[:3], k.sizes[2], q.sizes[3], v.sizes[3])
@@ -86,7 +88,7 @@ def shape(views: dict[str, Any], scale: float, causal: bool) -> str:
     for name, view, count in tensors:
         if view is not None:
             lines += [f"s.{name}[{i}] = {view.strides[i]};" for i in range(count)]
-    lines += [f"s.scale = {float(scale)!r};", f"s.causal = {str(causal).lower()};"]
+    lines += [f"s.scale = {float(scale)!r};", f"s.causal = {str(causal).lower()};", f"s.softcap = {float(softcap)!r};"]
     return "\n".join(lines) + "\n"
 
 

@@ -35,6 +35,8 @@ def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str |
         return f"q is {q.dtype} but k is {k.dtype} and v is {v.dtype}"
     if bias is not None and not bias.dtype.is_floating_point:
         return f"its bias is {bias.dtype}, the kernel adds a floating-point bias"
+    if kwargs.get("softcap", 0.0):
+        return f"its scores are capped at {kwargs['softcap']:g}, the kernel bends none"
     because = unfit_widths(q, v)
     if because is not None:
         return because

@@ -34,10 +34,10 @@ class Step:
     """What is done to the scores on their way to the softmax, with the layout of the other operand.
 
     scale: times `number`.  factor: times (or, inverse, by) tensor `other`.  bias: plus `number` times `other`.
-    mask: `number` where `other` (or, inverse, where not).  floor: at least `number`.
+    mask: `number` where `other` (or, inverse, where not).  floor: at least `number`.  cap: their hyperbolic tangent.
     """
 
-    kind: Literal["scale", "factor", "bias", "mask", "floor"]
+    kind: Literal["scale", "factor", "bias", "mask", "floor", "cap"]
     node: fx.Node
     number: float = 1.0
     other: Any = None
@@ -79,6 +79,8 @@ def climb(program: Program, found: Softmax, node: fx.Node, layout: Layout, depth
         return _masking(program, found, node, layout, depth)
     if node.target in FLOOR:
         return _flooring(program, found, node, layout, depth)
+    if node.target is aten.tanh.default and isinstance(node.args[0], fx.Node):
+        return _after(climb(program, found, node.args[0], layout, depth + 1), node, [Step("cap", node)])
     return _in_the_way(found, node, depth)
 
 

@@ -143,9 +143,10 @@ void call_gemm(int bf16, int vectors, int activation, const int64_t* sizes, cons
 int lanes() { return kWidth; }
 int multiplies_bf16() { return StepOf<Bf16>::kPerStep == 2; }
 
-void call_attention(int bf16, const int64_t* sizes, const int64_t* strides, float scale, int causal, const void* q,
-                    const void* k, const void* v, const void* bias, int bias_kind, void* out) {
-  const AttentionShape s = attention_shape(sizes, strides, scale, causal);
+void call_attention(int bf16, const int64_t* sizes, const int64_t* strides, float scale, int causal, float softcap,
+                    const void* q, const void* k, const void* v, const void* bias, int bias_kind, void* out) {
+  AttentionShape s = attention_shape(sizes, strides, scale, causal);
+  s.softcap = softcap;
   if (bf16) {
     run_attention<Bf16>(s, q, k, v, bias, bias_kind, out);
   } else {

@@ -1,7 +1,8 @@
 // softmax(scale * q k^T + bias) v by online softmax, the N x M scores never stored.
 //
 //   q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv] are read in place by their strides, channel stride 1; any D and Dv.
-//   bias, if any, is added to the scaled scores, read by four strides (0 where it is broadcast).
+//   scaled scores s become softcap * tanh(s / softcap) where softcap is not 0.
+//   bias, if any, is added to them, read by four strides (0 where it is broadcast).
 //   out [B, H, N, Dv] is written by its strides, channel stride 1.
 //
 // Queries lie in the lanes of the vectors, keys and channels in the rows of the register tile. So the keys and values
@@ -33,6 +34,7 @@ struct AttentionShape {
   int64_t q[3], k[3], v[3], out[3], bias[4];
   float scale;
   bool causal;  // query i sees the keys 0 to i
+  float softcap;
 };
 
 #if defined(COMPILED_ATTN_AVX512) || defined(__aarch64__)
@@ -262,6 +264,7 @@ class QueryBlock {
       if (biased && bias.bf16) load_bias(s, static_cast<const Bf16*>(bias.data) + corner, NV, count, keys, added);
       if (biased && !bias.bf16) load_bias(s, static_cast<const float*>(bias.data) + corner, NV, count, keys, added);
       score(k + begin * s.k[2], keys);
+      if (s.softcap != 0.f) bend(keys);
       limit(begin, keys, biased, s.causal && begin + keys > first + 1);
       soften(keys);
       gather(v + begin * s.v[2], keys);
@@ -310,6 +313,16 @@ class QueryBlock {
         const Vec product = Step::step(vset(bits), vload(last + w), vset(0.f));
         vstore(at, vfma(product, vset(s.scale * kLog2e), vload(at)));
       }
+    }
+  }
+
+  // scores -> cap * tanh(scores / cap) in their own units, by tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|).
+  __attribute__((noinline)) void bend(int64_t keys) {
+    const Vec cap = vset(s.softcap * kLog2e), inverse = vset(-2.f / s.softcap), one = vset(1.f), zero = vset(0.f);
+    for (int64_t at = 0; at < keys * W; at += kWidth) {
+      const Vec x = vload(scores + at), e = vexp2(vmul(vmax(x, vsub(zero, x)), inverse));
+      const Vec bent = vmul(vsub(one, e) / vadd(one, e), cap);
+      vstore(scores + at, vless(x, zero, vsub(zero, bent), bent));
     }
   }
 
