@@ -169,8 +169,22 @@ def aoti_package(exported: torch.export.ExportedProgram, path: str, options: dic
         for spec in exported.graph_signature.input_specs:
             if spec.kind is InputKind.CONSTANT_TENSOR:
                 spec.kind, spec.persistent = InputKind.BUFFER, False
-    with _objects_side_by_side(), convolutions_of_any_batch():
+    with _objects_side_by_side(), convolutions_of_any_batch(), bounded_sizes(exported):
         return torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
+
+
+@contextmanager
+def bounded_sizes(exported: torch.export.ExportedProgram) -> Iterator[None]:
+    """Sizes that have no upper bound are held to 2^40 meanwhile.
+
+    A size that depends on data bounds those below it by the largest integer, and Inductor can not write a product of
+    that as an assertion (torch 2.13).
+    """
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    ranges = getattr(fake_mode_of(exported.graph).shape_env, "var_to_range", {})
+    with patch.dict(ranges, {s: ValueRanges(r.lower, 2**40) for s, r in ranges.items() if r.upper > 2**40}):
+        yield
 
 
 @contextmanager
@@ -441,6 +455,14 @@ def module_call(in_spec: Any, out_spec: Any) -> Any:
     from torch.export import ModuleCallEntry, ModuleCallSignature
 
     return ModuleCallEntry(fqn="", signature=ModuleCallSignature([], [], in_spec, out_spec))
+
+
+def ranges_of_made_sizes(shape_env: Any) -> dict[Any, Any]:
+    """Symbol -> values of the sizes that data decide, passes' own among them; torch reads no saved program without."""
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    ranges = getattr(shape_env, "var_to_range", {})
+    return {symbol: values for symbol, values in ranges.items() if symbol_is_type(symbol, SymT.UNBACKED_INT)}
 
 
 def shape_conditions(shape_env: Any) -> list[Any]:

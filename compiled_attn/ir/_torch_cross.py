@@ -23,6 +23,8 @@ from unittest import mock
 
 import torch
 
+from compiled_attn.ir._torch import bounded_sizes
+
 VERIFIED = ("2.13",)  # torch releases on which tests/runtime/test_cross.py has passed
 THREADS_PER_MULTIPROCESSOR = {75: 1024, 80: 2048, 86: 1536, 87: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 REGISTERS_PER_MULTIPROCESSOR = 65536
@@ -165,8 +167,10 @@ def compile_package(
     module = exported.module(check_guards=False)
     flat, found = _aoti_flatten_inputs(module, args, kwargs, options={**OPTIONS, **options})
     found["aot_inductor.package"] = True
+    # Inductor reads a scalar's value, or keeps it as a tensor of the device: what is not here can not be read.
+    found["always_keep_tensor_constants"] = any(value.dim() == 0 for value in _tensors(exported).values())
     found["aot_inductor.serialized_in_spec"], found["aot_inductor.serialized_out_spec"] = in_tree, out_tree
-    with torch.no_grad(), _compiling_state_context():
+    with torch.no_grad(), _compiling_state_context(), bounded_sizes(exported):
         files: Any = compile_fx_aot(module, flat, config_patches=found)
     return str(packaging.package_aoti(path, files))  # type: ignore[attr-defined]
 

@@ -81,7 +81,7 @@ class Program:
             graph=graph,
             graph_signature=copy.deepcopy(self.signature),
             state_dict=dict(self.state),
-            range_constraints=dict(self.ranges),
+            range_constraints={**_torch.ranges_of_made_sizes(self.shape_env), **self.ranges},
             module_call_graph=list(self.call_graph),
             example_inputs=self.example_inputs,
             constants=dict(self.constants),
@@ -235,6 +235,7 @@ class Edit:
         for node in self.graph.nodes:
             if node.op == "call_function":
                 node.meta["val"] = fake_call(self.program.fake_mode, node.target, node.args, node.kwargs)
+                node.meta["unbacked_bindings"] = _torch.fresh_sizes(self.program.shape_env, node.meta["val"])
 
     def finish(self, name: str) -> Program:
         """The new Program: dead nodes and constants without a reader are dropped, the signature is brought in line."""

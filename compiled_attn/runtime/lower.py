@@ -80,6 +80,8 @@ def lower(program: Program, target: Target, notes: Notes, *, strict: bool = Fals
         edit = program.edit()
         for node, function in replaced:
             inline(edit, edit.node_of[node], function)
+        if any(node.meta.get("unbacked_bindings") for node, _ in replaced):
+            edit.propagate()  # a decomposition counts by a size of its own, which what follows must have too
         program = edit.finish(NAME)
     return apply_linear_choices(program, target) if target.kind == "cpu" else program
 

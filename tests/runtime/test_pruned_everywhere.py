@@ -5,6 +5,7 @@ Small networks go in the ordinary run; stock models in their published size, bfl
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from compiled_attn.runtime.onnx import run_onnx
 SMALL = {"mass": (0.9, 0.8), "at": (0, 1), "keep_at_most": 11}
 WHOLE = {"mass": 0.9, "at": (3, 6, 9)}
 MODELS = ("deit_small_patch16_224", "vit_base_patch16_224", "ViTModel", "Dinov2Model")
+TABLES = ("eva02_tiny_patch14_224", "beit_base_patch16_224", "DINOv3ViTModel")
 DYNAMIC = ({0: "batch"},)
 
 
@@ -74,6 +76,27 @@ def test_an_onnx_file_runs_batches_whose_counts_differ(name, full, tmp_path):
         with torch.no_grad():
             want, _ = pruned(model, x, **options)
         assert worst(list(run_onnx(path, {"x": x, "pixel_values": x}).values()), want) < 1e-4
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.deep) for n in TABLES[1:]] + [TABLES[0]])
+def test_biases_by_pairs_and_rotary_tables_are_compiled_for_the_tokens_that_are_left(name):
+    model, side = stock(name)
+    passes = [ca.passes.PruneTokens(**SMALL)]
+    given = {"example_inputs": (pictures(2, side),), "dynamic_shapes": DYNAMIC, "passes": passes}
+    fast = ca.compile(model, **given, strict=True)
+    for batch in (1, 5):
+        x = pictures(batch, side)
+        with torch.no_grad():
+            assert worst(tensors(fast(x)), pruned(model, x, **SMALL)[0]) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["deit_small_patch16_224", pytest.param(TABLES[0], marks=pytest.mark.deep)])
+def test_a_pruned_model_is_built_for_a_gpu_that_is_not_here(name, tmp_path):
+    model, side = stock(name)
+    given = {"dynamic_shapes": DYNAMIC, "passes": [ca.passes.PruneTokens(**SMALL)], "target": "a100"}
+    ca.export(model, (pictures(2, side),), path=tmp_path / "model.pt2", strict=True, **given)
+    with zipfile.ZipFile(tmp_path / "model.pt2") as parts:
+        assert any(b"ragged_attention" in parts.read(name) for name in parts.namelist() if name.endswith(".cpp"))
 
 
 @pytest.mark.deep
