@@ -15,7 +15,7 @@ MAY = {
 }
 PRIVATE = ("torch._inductor", "torch._dynamo", "torch._functorch", "torch._export", "torch.fx.experimental")
 CROSS = ROOT / "ir" / "_torch_cross.py"  # builds with no GPU at hand
-COMPATIBILITY = (ROOT / "ir" / "_torch.py", CROSS)
+COMPATIBILITY = (ROOT / "ir" / "_torch.py", ROOT / "ir" / "_torch_mends.py", CROSS)
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT)
 
 

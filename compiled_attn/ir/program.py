@@ -180,11 +180,16 @@ class Edit:
         for key in PROVENANCE:
             if key in like.meta:
                 node.meta[key] = like.meta[key]
-        node.meta["val"] = self.value(target, args, kwargs)
+        self._set_value(node)
+        return node
+
+    def _set_value(self, node: fx.Node) -> None:
+        """Sets a call's fake value, and which sizes that data decide it brings in."""
+        node.meta["val"] = self.value(node.target, node.args, node.kwargs)
+        node.meta.pop("unbacked_bindings", None)
         fresh = _torch.fresh_sizes(self.program.shape_env, node.meta["val"])
         if fresh is not None:
             node.meta["unbacked_bindings"] = fresh
-        return node
 
     def value(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Fake result of a call on nodes' fake values."""
@@ -234,8 +239,7 @@ class Edit:
         """Recomputes every node's fake value from the placeholders', after shapes have changed."""
         for node in self.graph.nodes:
             if node.op == "call_function":
-                node.meta["val"] = fake_call(self.program.fake_mode, node.target, node.args, node.kwargs)
-                node.meta["unbacked_bindings"] = _torch.fresh_sizes(self.program.shape_env, node.meta["val"])
+                self._set_value(node)
 
     def finish(self, name: str) -> Program:
         """The new Program: dead nodes and constants without a reader are dropped, the signature is brought in line."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from compiled_attn.ir import _torch_cross
+from compiled_attn.ir import _torch_cross, _torch_mends
 from compiled_attn.ir.errors import CompiledAttnError, LowerError
 from compiled_attn.ir.targets import Target
 from compiled_attn.runtime import cross_toolchain, launch
@@ -60,6 +60,7 @@ def compile_job(folder: Path, stage: Any) -> dict[str, Any]:
     stage(STAGES[0])
     began = time.perf_counter()
     _own_cache()
+    _torch_mends.mend()
     launch.register()
     toolkit = cross_toolchain.prepare(_cache() / f"toolkit-{torch.__version__}")
     exported = torch.export.load(folder / "program.pt2")

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from compiled_attn.ir import _torch, targets
+from compiled_attn.ir import _torch, _torch_mends, targets
 from compiled_attn.ir.errors import LowerError
 from compiled_attn.ir.notes import Notes, user_line
 from compiled_attn.ir.op import OPS, op_of
@@ -36,9 +36,7 @@ _lock = threading.Lock()
 def register() -> None:
     """Gives Inductor the lowerings of the C++ templates, and mends it. Again is free; any thread may call it."""
     with _lock:
-        _torch.keep_sums_within_their_buffers()
-        _torch.keep_axes_of_attention()
-        _torch.start_threads_for_work_only()
+        _torch_mends.mend()
         for name, lowering in registry.CPP_LOWERINGS.items():
             _torch.register_inductor_lowering(OPS[name].overload, lowering)
 

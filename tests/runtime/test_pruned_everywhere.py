@@ -92,6 +92,7 @@ def test_biases_by_pairs_and_rotary_tables_are_compiled_for_the_tokens_that_are_
 
 @pytest.mark.parametrize("name", ["deit_small_patch16_224", pytest.param(TABLES[0], marks=pytest.mark.deep)])
 def test_a_pruned_model_is_built_for_a_gpu_that_is_not_here(name, tmp_path):
+    pytest.importorskip("triton")
     model, side = stock(name)
     given = {"dynamic_shapes": DYNAMIC, "passes": [ca.passes.PruneTokens(**SMALL)], "target": "a100"}
     ca.export(model, (pictures(2, side),), path=tmp_path / "model.pt2", strict=True, **given)
