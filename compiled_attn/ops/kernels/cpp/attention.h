@@ -107,10 +107,11 @@ COMPILED_ATTN_INLINE void by_tiles(int64_t count, const F& f) {
   for (; r < count; ++r) f(r, std::integral_constant<int, 1>());
 }
 
-// A head's bias: its first element, null where there is none.
+// A head's bias: its first element, null where there is none. `ready`: of this block, as `load_bias` makes it.
 struct BiasRows {
   const void* data;
   bool bf16;
+  bool ready = false;
 };
 
 // to [D, W], or [ceil(D / 2), W] of pairs: a block of `count` queries transposed; float32 times scale * log2(e).
@@ -261,11 +262,14 @@ class QueryBlock {
       const int64_t keys = std::min(std::min(size, kMaxKeys), seen - begin);
       const int64_t corner = first * s.bias[2] + begin * s.bias[3];
       const bool biased = bias.data != nullptr;
-      if (biased && bias.bf16) load_bias(s, static_cast<const Bf16*>(bias.data) + corner, NV, count, keys, added);
-      if (biased && !bias.bf16) load_bias(s, static_cast<const float*>(bias.data) + corner, NV, count, keys, added);
+      const float* biases = biased && bias.ready ? static_cast<const float*>(bias.data) + begin * W : added;
+      if (biased && !bias.ready) {
+        if (bias.bf16) load_bias(s, static_cast<const Bf16*>(bias.data) + corner, NV, count, keys, added);
+        if (!bias.bf16) load_bias(s, static_cast<const float*>(bias.data) + corner, NV, count, keys, added);
+      }
       score(k + begin * s.k[2], keys);
       if (s.softcap != 0.f) bend(keys);
-      limit(begin, keys, biased, s.causal && begin + keys > first + 1);
+      limit(begin, keys, biased ? biases : nullptr, s.causal && begin + keys > first + 1);
       soften(keys);
       gather(v + begin * s.v[2], keys);
     }
@@ -327,9 +331,9 @@ class QueryBlock {
   }
 
   // Adds the bias, hides the keys from `begin` on that lie behind a query, and keeps the greatest score of each lane.
-  void limit(int64_t begin, int64_t keys, bool biased, bool masked) {
-    for (int64_t at = 0; biased && at < keys * W; at += kWidth) {
-      vstore(scores + at, vadd(vload(scores + at), vload(added + at)));
+  void limit(int64_t begin, int64_t keys, const float* biases, bool masked) {
+    for (int64_t at = 0; biases && at < keys * W; at += kWidth) {
+      vstore(scores + at, vadd(vload(scores + at), vload(biases + at)));
     }
     for (int64_t key = 0; masked && key < keys; ++key) {
       for (int64_t w = 0; w < W; w += kWidth) {

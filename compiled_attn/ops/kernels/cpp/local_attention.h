@@ -66,7 +66,7 @@ inline double lane_work(const LocalShape& s) {
   const LocalAxis& a = s.axis[2];
   const int64_t size = (a.queries + a.dilation - 1) / a.dilation;
   double work = 0;
-  for (const LaneTile& tile : lane_tiles(a, size)) work += double(tile.distances * kWidth) / double(size);
+  for (const LaneTile& tile : lane_tiles(a, size)) work += double(tile.slots * kWidth) / double(size);
   for (int i = 0; i < 2; ++i) {
     const LocalAxis& b = s.axis[i];
     work *= double(std::min(b.window, std::max<int64_t>(1, (b.keys + b.dilation - 1) / b.dilation)));
@@ -74,14 +74,11 @@ inline double lane_work(const LocalShape& s) {
   return work;
 }
 
-// A lane multiplies from two memory operands where a tile multiplies from one.
-constexpr double kLaneCost = 1.0;
-
 inline bool prefers_lanes(const LocalShape& s, bool relative) {
   const LocalAxis& a = s.axis[2];
   if (relative || a.stride != 1 || a.block != 1 || a.sinks || a.window > 64 || a.queries == 0) return false;
   if (s.axis[0].sinks || s.axis[1].sinks) return false;
-  return lane_work(s) * kLaneCost < tile_work(s);
+  return lane_work(s) < tile_work(s);
 }
 
 inline int64_t local_threads() {

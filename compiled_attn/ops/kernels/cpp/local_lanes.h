@@ -1,18 +1,20 @@
 // Local attention with neighbouring queries of the last axis in the vectors' lanes, for windows that move by one.
 //
-// For one distance o along the last axis, lane l of a row of keys is the key of query x0 + l at x0 + l + o: one load of
-// the transposed row at an offset. So only the keys of a window are multiplied, where a tile (local_tiles.h) multiplies
-// the union of its windows. Lanes near a border see other distances than the rest: the distances of all lanes are
-// taken, and what a lane does not see is hidden.
+// For slot j of its window, lane l meets the key at start(l) + j. Where windows follow each other, start(l) is start(0) +
+// l: one load of the transposed row at an offset. Near a border neighbours share a start, and the same load is permuted,
+// by lanes that are the same for all slots, since start(l) - start(0) is at most l. So only the keys of a window are
+// multiplied, where a tile (local_tiles.h) multiplies the union of its windows. What a lane does not see is hidden.
 //
-// A task is a run of rows of one head; its memory plan (floats, W = lanes of a vector, J = distances of a vector):
+// A task is a run of rows of one head; its memory plan (floats, W = lanes of a vector, J = slots of a vector's windows):
 //
-//   keys    [kGroup + window - 1, D, columns]  transposed, a ring of the rows that a group sees; the values likewise
-//   queries [kGroup, D, W]                     a group of rows, transposed, times scale * log2(e)
+//   keys    [kGroup + window - 1, D, columns]  transposed, a ring of the rows that a group sees
+//   values  [kGroup + window - 1, columns, Dv] Dv rounded up to vectors
+//   queries [D, kGroup, W]                     a group of rows, transposed, times scale * log2(e)
 //   scores  [kGroup, window of rows, J, W]     turned into probabilities where they lie
-//   sums    [kGroup, Dv, W]                    the output transposed
+//   sums    [kGroup, W, Dv]
 //
-// A row of keys meets all rows of the group that see it, so that a loaded vector is used by several of them.
+// A row of keys meets all rows of the group that see it, so that a loaded vector is used by several of them. Scores have
+// queries in their lanes; sums have channels there, so that values need no transposing and no query of a vector is idle.
 #ifndef COMPILED_ATTN_CPP_LOCAL_LANES_H
 #define COMPILED_ATTN_CPP_LOCAL_LANES_H
 
@@ -24,18 +26,21 @@
 namespace compiled_attn_cpp {
 namespace {
 
-constexpr int64_t kGroup = 6;  // rows of queries
+constexpr int64_t kGroup = 6, kBlock = kGroup * kWidth;  // rows of queries; one channel of them
 #if defined(COMPILED_ATTN_AVX512) || defined(__aarch64__)
-constexpr int kLaneRows = 6, kLaneSlots = 4, kLaneValues = 4;  // register tiles of 32 registers
+constexpr int kLaneRows = 6, kLaneSlots = 4, kLaneSums = 24;  // register tiles of 32 registers
 #else
-constexpr int kLaneRows = 3, kLaneSlots = 3, kLaneValues = 2;  // of 16
+constexpr int kLaneRows = 3, kLaneSlots = 3, kLaneSums = 12;  // of 16
 #endif
 
-// The distances that a vector of queries of the last axis needs, and which lanes see which: at or above 0.
+// A vector of queries of the last axis: the slots of their windows that any of them sees, and which lanes see which.
 struct LaneTile {
-  int64_t first, count, low, distances;
-  std::vector<float> seen;  // [distances, W]
-  std::vector<char> whole;  // whether every lane sees it
+  int64_t first, count, key, slots;  // key: the first lane's at slot 0
+  int64_t distance;                  // the least at slot 0, counted from the least of the bias
+  Lanes keys, distances;             // of each lane, counted from those
+  int32_t start[kWidth];             // `keys` once more
+  std::vector<float> seen;           // [slots, W], at or above 0 where a lane sees
+  bool hides;                        // whether one lane does not see them all
 };
 
 inline std::vector<LaneTile> lane_tiles(const LocalAxis& a, int64_t size) {
@@ -45,22 +50,35 @@ inline std::vector<LaneTile> lane_tiles(const LocalAxis& a, int64_t size) {
     LaneTile& t = tiles[i];
     t.first = i * (size / parts) + std::min(i, size % parts);
     t.count = size / parts + (i < size % parts);
-    int64_t low[kWidth], high[kWidth];
+    int64_t start[kWidth], low[kWidth], high[kWidth], least = a.window, most = 0;
     for (int64_t lane = 0; lane < t.count; ++lane) {
-      const int64_t place = t.first + lane, start = start_of(a, place, size);
-      low[lane] = (a.border == kZero ? start : std::max<int64_t>(start, 0)) - place;
-      high[lane] = (a.border == kZero ? start + a.window : std::min(start + a.window, size)) - place;
-      if (a.causal) high[lane] = std::min<int64_t>(high[lane], 1);
+      const int64_t place = t.first + lane;
+      start[lane] = start_of(a, place, size);
+      low[lane] = a.border == kZero ? 0 : std::max<int64_t>(-start[lane], 0);
+      high[lane] = a.border == kZero ? a.window : std::min(a.window, size - start[lane]);
+      if (a.causal) high[lane] = std::min(high[lane], place + 1 - start[lane]);
+      least = std::min(least, low[lane]);
+      most = std::max(most, high[lane]);
     }
-    t.low = *std::min_element(low, low + t.count);
-    t.distances = *std::max_element(high, high + t.count) - t.low;
-    t.seen.assign(t.distances * kWidth, 0.f);
-    t.whole.assign(t.distances, 1);
-    for (int64_t j = 0; j < t.distances; ++j) {
+    const int64_t last = t.count - 1;
+    int32_t distances[kWidth] = {};
+    std::fill(t.start, t.start + kWidth, 0);
+    for (int64_t lane = 0; lane < t.count; ++lane) {
+      t.start[lane] = int32_t(start[lane] - start[0]);
+      distances[lane] = int32_t(start[lane] - lane - (start[last] - last));
+    }
+    std::memcpy(&t.keys, t.start, sizeof(t.keys));
+    std::memcpy(&t.distances, distances, sizeof(t.distances));
+    t.key = start[0] + least;
+    t.distance = start[last] + least - (t.first + last) + a.window - 1;
+    t.slots = most - least;
+    t.seen.assign(t.slots * kWidth, 0.f);
+    t.hides = false;
+    for (int64_t j = 0; j < t.slots; ++j) {
       for (int64_t lane = 0; lane < t.count; ++lane) {
-        const bool visible = t.low + j >= low[lane] && t.low + j < high[lane];
+        const bool visible = least + j >= low[lane] && least + j < high[lane];
         t.seen[j * kWidth + lane] = visible ? 0.f : -1.f;
-        t.whole[j] = t.whole[j] && visible;
+        t.hides = t.hides || !visible;
       }
     }
   }
@@ -105,14 +123,6 @@ void transpose_rows(const T* from, int64_t step, int64_t count, int64_t width, f
   }
 }
 
-// Asks for rows of `bytes` that are read next: they lie far apart, beyond what the hardware foresees.
-inline void ask_for(const void* from, int64_t step, int64_t count, int64_t bytes) {
-  const char* row = static_cast<const char*>(from);
-  for (int64_t i = 0; i < count; ++i, row += step) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-  }
-}
-
 // One thread's work on runs of rows, one after the other.
 template <class T>
 class LaneRows {
@@ -126,30 +136,25 @@ class LaneRows {
     look(s.axis[0], z, view_z);
     look(s.axis[1], y, view_y);
     const int64_t size = (a.queries - residue + a.dilation - 1) / a.dilation;
-    if (size != columns) layout(size);
-    take_bias(head);
     groups_of(y.count);
+    layout(size, int64_t(view_z.position.size()) * ring);
+    if (head != bias_head) read_table(s, bias, head, kLog2e, table);
+    bias_head = head;
     const T* q_head = q + b * s.q[0] + head * s.q[4] + view_z.query[0] * s.q[1] + residue * s.q[3];
     const T* k_head = k + b * s.k[0] + head * s.k[4] + residue * s.k[3];
     const T* v_head = v + b * s.v[0] + head * s.v[4] + residue * s.v[3];
     T* out_head = out + b * s.out[0] + head * s.out[4] + view_z.query[0] * s.out[1] + residue * s.out[3];
     const int64_t planes = int64_t(view_z.position.size());
-    float* keys_to = keys_t.room(planes * ring * s.width * pitch);
-    float* values_to = values_t.room(planes * ring * s.value_width * pitch);
     int64_t packed = groups.empty() ? 0 : groups[0].low;
-    for (size_t i = 0; i < groups.size(); ++i) {
-      const Group& g = groups[i];
+    for (const Group& g : groups) {
       for (packed = std::max(packed, g.low); packed < g.high; ++packed) {
         for (int64_t plane = 0; plane < planes; ++plane) {
           const int64_t slot = plane * ring + packed % ring;
-          pack(k_head, s.k, plane, packed, s.width, keys_to + slot * s.width * pitch);
-          pack(v_head, s.v, plane, packed, s.value_width, values_to + slot * s.value_width * pitch);
+          pack_keys(k_head, plane, packed, keys_t + slot * s.width * pitch);
+          pack_values(v_head, plane, packed, values + slot * value_row);
         }
       }
-      for (size_t tile = 0; tile < tiles.size(); ++tile) {
-        if (i + 1 < groups.size()) foresee(groups[i + 1], packed, tile, q_head, k_head, v_head);
-        group(tiles[tile], g, q_head, out_head);
-      }
+      for (const LaneTile& tile : tiles) group(tile, g, q_head, out_head);
     }
   }
 
@@ -178,57 +183,52 @@ class LaneRows {
     }
   }
 
-  void layout(int64_t size) {
+  // One piece of memory: the system takes several back at the end of each call and hands them out page by page anew.
+  void layout(int64_t size, int64_t rows) {
+    if (size == columns && rows <= slots) return;
     const LocalAxis& a = s.axis[2];
+    if (size != columns) tiles = lane_tiles(a, size);
     columns = size;
-    tiles = lane_tiles(a, size);
+    slots = rows;
+    int64_t span = 0;
+    for (const LaneTile& tile : tiles) span = std::max(span, tile.slots * kWidth);
     margin = (a.window + kWidth - 1) / kWidth * kWidth;
     pitch = margin + (size + kWidth - 1) / kWidth * kWidth + margin + kWidth;
     if (pitch / kWidth % 2 == 0) pitch += kWidth;  // rows of channels then lie in all sets of the cache
-    keys_t.clear();
-    values_t.clear();
-  }
-
-  // The head's table times log2(e); zeros where there is none.
-  void take_bias(int64_t head) {
-    const int64_t z = s.axis[0].offsets(), y = s.axis[1].offsets(), x = s.axis[2].offsets();
-    if (head == bias_head) return;
-    bias_head = head;
-    table.assign(z * y * x, 0.f);
-    for (int64_t i = 0; bias.data && i < z * y * x; ++i) {
-      const int64_t at = i / (y * x) * s.bias[1] + i / x % y * s.bias[2] + i % x * s.bias[3];
-      table[i] = bias[head * s.bias[0] + at] * kLog2e;
-    }
+    padded = (s.value_width + kWidth - 1) / kWidth * kWidth;
+    value_row = (margin + size + margin) * padded;
+    const int64_t ring_size = slots * (s.width * pitch + value_row);
+    keys_t = memory.room(ring_size + kBlock * (s.width + padded) + kGroup * slots * span);
+    values = keys_t + slots * s.width * pitch;
+    queries = keys_t + ring_size;
+    sums = queries + kBlock * s.width;
+    scores = sums + kBlock * padded;
+    std::memset(keys_t, 0, ring_size * sizeof(float));
   }
 
   // One row of keys, transposed. What lies left and right of a row is zero since `layout`.
-  void pack(const T* from, const int64_t (&strides)[5], int64_t plane, int64_t row, int64_t width, float* to) {
+  void pack_keys(const T* from, int64_t plane, int64_t row, float* to) {
     const int64_t i = view_z.position[plane], j = view_y.position[row];
     if (i < 0 || j < 0) {
-      std::memset(to, 0, width * pitch * sizeof(float));
+      std::memset(to, 0, s.width * pitch * sizeof(float));
     } else {
-      const int64_t step = strides[3] * s.axis[2].dilation;
-      transpose_rows(from + i * strides[1] + j * strides[2], step, columns, width, 1.f, to + margin, pitch);
+      const int64_t step = s.k[3] * s.axis[2].dilation;
+      transpose_rows(from + i * s.k[1] + j * s.k[2], step, columns, s.width, 1.f, to + margin, pitch);
     }
   }
 
-  // Asks for a tile's share of what the next group reads.
-  void foresee(const Group& next, int64_t packed, size_t tile, const T* q_head, const T* k_head, const T* v_head) const {
-    const LaneTile& t = tiles[tile];
-    const int64_t d = s.axis[2].dilation;
-    for (int64_t r = 0; r < next.count; ++r) {
-      const T* row = q_head + view_y.query[next.first + r] * s.q[2] + t.first * d * s.q[3];
-      ask_for(row, d * s.q[3] * sizeof(T), t.count, s.width * sizeof(T));
+  void pack_values(const T* from, int64_t plane, int64_t row, float* to) {
+    const int64_t i = view_z.position[plane], j = view_y.position[row];
+    if (i < 0 || j < 0) {
+      std::memset(to, 0, value_row * sizeof(float));
+      return;
     }
-    for (int64_t i : view_z.position) {
-      for (int64_t row = packed; row < next.high; ++row) {
-        const int64_t j = view_y.position[row];
-        if (i < 0 || j < 0) continue;
-        const T* key = k_head + i * s.k[1] + j * s.k[2] + t.first * d * s.k[3];
-        const T* value = v_head + i * s.v[1] + j * s.v[2] + t.first * d * s.v[3];
-        ask_for(key, d * s.k[3] * sizeof(T), t.count, s.width * sizeof(T));
-        ask_for(value, d * s.v[3] * sizeof(T), t.count, s.value_width * sizeof(T));
-      }
+    const int64_t step = s.v[3] * s.axis[2].dilation, whole = s.value_width / kWidth * kWidth;
+    from += i * s.v[1] + j * s.v[2];
+    to += margin * padded;
+    for (int64_t x = 0; x < columns; ++x, from += step, to += padded) {
+      for (int64_t d = 0; d < whole; d += kWidth) vstore(to + d, vload(from + d));
+      if (whole < s.value_width) vstore(to + whole, vload(from + whole, s.value_width - whole));
     }
   }
 
@@ -237,46 +237,42 @@ class LaneRows {
     const int64_t first = g.first, count = g.count;
     const int64_t rows_z = int64_t(view_z.position.size()), rows_y = int64_t(view_y.position.size());
     const int64_t step_q = s.q[3] * s.axis[2].dilation, step_out = s.out[3] * s.axis[2].dilation;
-    const int64_t span = tile.distances * kWidth;
-    queries.room(kGroup * s.width * kWidth);
-    scores.room(kGroup * rows_z * ring * span);
-    sums.room(kGroup * s.value_width * kWidth);
-    std::memset(sums.data(), 0, count * s.value_width * kWidth * sizeof(float));
+    const int64_t span = tile.slots * kWidth;
+    std::memset(sums, 0, kBlock * padded * sizeof(float));
     for (int64_t r = 0; r < count; ++r) {
       const T* row = q_head + view_y.query[first + r] * s.q[2] + tile.first * step_q;
-      transpose_rows(row, step_q, tile.count, s.width, s.scale * kLog2e, queries.data() + r * s.width * kWidth, kWidth);
+      transpose_rows(row, step_q, tile.count, s.width, s.scale * kLog2e, queries + r * kWidth, kBlock);
       for (int lane = 0; lane < kWidth; ++lane) peak[r][lane] = kMinusInfinity;
       used[r] = 0;
     }
     meet(g, [&](int64_t plane, int64_t row, int64_t r, int64_t rows) {
-      const float* key = keys_t.data() + (plane * ring + row % ring) * s.width * pitch;
-      key += margin + tile.first + tile.low;
+      const float* key = keys_t + (plane * ring + row % ring) * s.width * pitch;
+      key += margin + tile.key;
       const int64_t code_z = view_z.code[plane];
       float* to[kGroup];
       const float* biases[kGroup];
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t code_y = view_y.code[(first + r + i) * rows_y + row];
-        to[i] = scores.data() + ((r + i) * rows_z * ring + used[r + i]++) * span;
+        to[i] = scores + ((r + i) * rows_z * ring + used[r + i]++) * span;
         biases[i] = table.data() + (code_z * s.axis[1].offsets() + code_y) * s.axis[2].offsets();
-        biases[i] += tile.low + s.axis[2].window - 1;
+        biases[i] += tile.distance;
       }
-      const int64_t parts = (tile.distances + kLaneSlots - 1) / kLaneSlots;
+      const int64_t parts = (tile.slots + kLaneSlots - 1) / kLaneSlots;
       for (int64_t part = 0, j = 0; part < parts; ++part) {
-        const int64_t slots = tile.distances / parts + (part < tile.distances % parts);
+        const int64_t count = tile.slots / parts + (part < tile.slots % parts);
         as_constant<kLaneRows>(rows, [&](auto R) {
-          as_constant<kLaneSlots>(slots, [&](auto J) { score<R(), J()>(tile, key, r, j, to, biases); });
+          as_constant<kLaneSlots>(count, [&](auto J) { score<R(), J()>(tile, key, r, j, to, biases); });
         });
-        j += slots;
+        j += count;
       }
     });
-    for (int64_t r = 0; r < count; ++r) soften(scores.data() + r * rows_z * ring * span, used[r] * tile.distances, r);
+    for (int64_t r = 0; r < count; ++r) soften(scores + r * rows_z * ring * span, used[r] * tile.slots, r);
     std::fill(used, used + count, 0);
     meet(g, [&](int64_t plane, int64_t row, int64_t r, int64_t rows) {
-      const float* value = values_t.data() + (plane * ring + row % ring) * s.value_width * pitch;
-      value += margin + tile.first + tile.low;
+      const float* value = values + (plane * ring + row % ring) * value_row + (margin + tile.key) * padded;
       const float* from[kGroup];
       for (int64_t i = 0; i < rows; ++i) {
-        from[i] = scores.data() + ((r + i) * rows_z * ring + used[r + i]++) * span;
+        from[i] = scores + ((r + i) * rows_z * ring + used[r + i]++) * span;
       }
       as_constant<kLaneRows>(rows, [&](auto R) { gather<R()>(tile, value, r, from); });
     });
@@ -305,7 +301,7 @@ class LaneRows {
     }
   }
 
-  // Scores of R rows of queries, from row r on, at J distances from j on.
+  // Scores of R rows of queries, from row r on, at J slots from j on.
   template <int R, int J>
   __attribute__((noinline)) void score(const LaneTile& tile, const float* key, int64_t r, int64_t j, float* const* to,
                                        const float* const* biases) {
@@ -314,32 +310,42 @@ class LaneRows {
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
       for (int l = 0; l < J; ++l) sum[i][l] = vset(0.f);
-    const float* query = queries.data() + r * s.width * kWidth;
-    const int64_t next = s.width * kWidth;
+    const float* query = queries + r * kWidth;
+    const int64_t below = pitch;
+    const Lanes lanes = tile.keys, distances = tile.distances;
     key += j;
-    for (int64_t d = 0; d < s.width; ++d, key += pitch, query += kWidth) {
+    for (int64_t d = s.width; d > 0; --d, key += below, query += kBlock) {
       Vec rows[R];
 #pragma GCC unroll 6
-      for (int i = 0; i < R; ++i) rows[i] = vload(query + i * next);
+      for (int i = 0; i < R; ++i) {
+        rows[i] = vload(query + i * kWidth);
+        COMPILED_ATTN_KEEP(rows[i]);
+      }
 #pragma GCC unroll 4
       for (int l = 0; l < J; ++l) {
-        Vec column = vload(key + l);
-        COMPILED_ATTN_KEEP(column);
+        Vec column = vpermute(vload(key + l), lanes);
 #pragma GCC unroll 6
         for (int i = 0; i < R; ++i) sum[i][l] = vfma(rows[i], column, sum[i][l]);
       }
     }
+    const float* seen = tile.hides ? tile.seen.data() + j * kWidth : nullptr;
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i) {
+      const float* bias_row = biases[i] + j;
+      float* score_row = to[i] + j * kWidth;
       Vec greatest = vload(peak[r + i]);
 #pragma GCC unroll 4
-      for (int l = 0; l < J; ++l) {
-        Vec value = vadd(sum[i][l], vset(biases[i][j + l]));
-        if (!tile.whole[j + l]) {
-          value = vless(vload(tile.seen.data() + (j + l) * kWidth), vset(0.f), vset(kMinusInfinity), value);
+      for (int l = 0; l < J; ++l) sum[i][l] = vadd(sum[i][l], vpermute(vload(bias_row + l), distances));
+      if (seen) {
+#pragma GCC unroll 4
+        for (int l = 0; l < J; ++l) {
+          sum[i][l] = vless(vload(seen + l * kWidth), vset(0.f), vset(kMinusInfinity), sum[i][l]);
         }
-        vstore(to[i] + (j + l) * kWidth, value);
-        greatest = vmax(value, greatest);
+      }
+#pragma GCC unroll 4
+      for (int l = 0; l < J; ++l) {
+        vstore(score_row + l * kWidth, sum[i][l]);
+        greatest = vmax(sum[i][l], greatest);
       }
       vstore(peak[r + i], greatest);
     }
@@ -371,69 +377,72 @@ class LaneRows {
   template <int R>
   void gather(const LaneTile& tile, const float* value, int64_t r, const float* const* from) {
     int64_t d = 0;
-    for (; d + kLaneValues <= s.value_width; d += kLaneValues) gather<R, kLaneValues>(tile, value, r, from, d);
-    for (; d < s.value_width; ++d) gather<R, 1>(tile, value, r, from, d);
+    for (; d + 2 * kWidth <= padded; d += 2 * kWidth) gather<R, 2>(tile, value, r, from, d);
+    if (d < padded) gather<R, 1>(tile, value, r, from, d);
   }
 
   template <int R, int E>
   __attribute__((noinline)) void gather(const LaneTile& tile, const float* value, int64_t r, const float* const* from,
                                         int64_t d) {
-    float* to = sums.data() + (r * s.value_width + d) * kWidth;
-    const int64_t next = s.value_width * kWidth;
-    const float* p[R];
-    Vec sum[R][E];
+    constexpr int Q = std::min(kLaneSums / (R * E), 4);
+    float* to = sums + r * kWidth * padded + d;
+    int64_t x = 0;
+    for (; x + Q <= tile.count; x += Q) gather<R, E, Q>(tile, value + d, x, from, to + x * padded);
+    for (; x < tile.count; ++x) gather<R, E, 1>(tile, value + d, x, from, to + x * padded);
+  }
+
+  // The same for E vectors of channels of Q queries, from query x on.
+  template <int R, int E, int Q>
+  COMPILED_ATTN_INLINE void gather(const LaneTile& tile, const float* value, int64_t x, const float* const* from,
+                                   float* to) {
+    const int64_t next = kWidth * padded, step = padded;
+    const float *p[R], *column[Q];
+    Vec sum[R][Q][E];
+#pragma GCC unroll 4
+    for (int i = 0; i < Q; ++i) column[i] = value + tile.start[x + i] * step;
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i) {
-      p[i] = from[i];
+      p[i] = from[i] + x;
 #pragma GCC unroll 4
-      for (int e = 0; e < E; ++e) sum[i][e] = vload(to + i * next + e * kWidth);
+      for (int l = 0; l < Q; ++l)
+#pragma GCC unroll 2
+        for (int e = 0; e < E; ++e) sum[i][l][e] = vload(to + i * next + l * step + e * kWidth);
     }
-    value += d * pitch;
-    for (int64_t j = 0; j < tile.distances; ++j) {
-      Vec column[E];
+    const int64_t span = tile.slots * kWidth;
+    for (int64_t j = 0; j < span; j += kWidth) {
 #pragma GCC unroll 4
-      for (int e = 0; e < E; ++e) {
-        column[e] = vload(value + e * pitch + j);
-        COMPILED_ATTN_KEEP(column[e]);
-      }
+      for (int l = 0; l < Q; ++l) {
+        Vec v[E];
+#pragma GCC unroll 2
+        for (int e = 0; e < E; ++e) {
+          v[e] = vload(column[l] + e * kWidth);
+          COMPILED_ATTN_KEEP(v[e]);
+        }
+        column[l] += step;
 #pragma GCC unroll 6
-      for (int i = 0; i < R; ++i) {
-        const Vec weight = vload(p[i] + j * kWidth);
-#pragma GCC unroll 4
-        for (int e = 0; e < E; ++e) sum[i][e] = vfma(weight, column[e], sum[i][e]);
+        for (int i = 0; i < R; ++i) {
+          Vec weight = vset(p[i][j + l]);
+          if constexpr (E > 1) COMPILED_ATTN_KEEP(weight);
+#pragma GCC unroll 2
+          for (int e = 0; e < E; ++e) sum[i][l][e] = vfma(weight, v[e], sum[i][l][e]);
+        }
       }
     }
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int e = 0; e < E; ++e) vstore(to + i * next + e * kWidth, sum[i][e]);
+      for (int l = 0; l < Q; ++l)
+#pragma GCC unroll 2
+        for (int e = 0; e < E; ++e) vstore(to + i * next + l * step + e * kWidth, sum[i][l][e]);
   }
 
   void store(int64_t row, int64_t count, T* to, int64_t step) {
-    float factor[kWidth];
-    for (int i = 0; i < kWidth; ++i) factor[i] = total[row][i] == 0.f ? 0.f : 1.f / total[row][i];
-    const Vec inverse = vload(factor);
-    const float* from = sums.data() + row * s.value_width * kWidth;
-    for (int64_t d = 0; d < s.value_width; d += kWidth) {
-      const int64_t channels = std::min<int64_t>(kWidth, s.value_width - d);
-      Vec r[kWidth];
-      if (channels == kWidth) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) r[i] = vmul(vload(from + (d + i) * kWidth), inverse);
-        vtranspose(r);
-        if (count == kWidth) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kWidth; ++i) vstore(to + i * step + d, r[i]);
-        } else {
-          for (int64_t i = 0; i < count; ++i) vstore(to + i * step + d, r[i]);
-        }
-      } else {
-        for (int i = 0; i < kWidth; ++i) {
-          r[i] = i < channels ? vmul(vload(from + (d + i) * kWidth), inverse) : vset(0.f);
-        }
-        vtranspose(r);
-        for (int64_t i = 0; i < count; ++i) vstore(to + i * step + d, r[i], channels);
-      }
+    const float* from = sums + row * kWidth * padded;
+    const int64_t whole = s.value_width / kWidth * kWidth;
+    for (int64_t x = 0; x < count; ++x, from += padded, to += step) {
+      const Vec inverse = vset(total[row][x] == 0.f ? 0.f : 1.f / total[row][x]);
+      for (int64_t d = 0; d < whole; d += kWidth) vstore(to + d, vmul(vload(from + d), inverse));
+      if (whole < s.value_width) vstore(to + whole, vmul(vload(from + whole), inverse), s.value_width - whole);
     }
   }
 
@@ -444,8 +453,9 @@ class LaneRows {
   View view_z, view_y;
   std::vector<LaneTile> tiles;
   std::vector<Group> groups;
-  int64_t columns = -1, margin = 0, pitch = 0, ring = 1, bias_head = -1;
-  Lines keys_t, values_t, queries, scores, sums;
+  int64_t columns = -1, slots = 0, margin = 0, pitch = 0, padded = 0, value_row = 0, ring = 1, bias_head = -1;
+  Lines memory;
+  float *keys_t = nullptr, *values = nullptr, *queries = nullptr, *scores = nullptr, *sums = nullptr;
   std::vector<float> table;
   alignas(64) float peak[kGroup][kWidth], total[kGroup][kWidth];
   int64_t used[kGroup];

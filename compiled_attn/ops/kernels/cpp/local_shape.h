@@ -83,44 +83,73 @@ struct View {
   std::vector<int16_t> code;      // [queries, keys]
   std::vector<int64_t> query;     // position of each query
   bool whole;                     // whether every query sees every key, with its bias
+  std::vector<int64_t> start, stand;  // of each query, from the first key on: its window, and itself
 };
 
-inline void look(const LocalAxis& a, const Run& run, View& to) {
+// Returns whether `to.code` is other than it was: most runs of an axis differ by their place alone.
+inline bool look(const LocalAxis& a, const Run& run, View& to) {
   const int64_t size = run.residue < a.keys ? (a.keys - run.residue + a.dilation - 1) / a.dilation : 0;
-  std::vector<int64_t> start(run.count), stand(run.count);
   int64_t low = INT64_MAX, high = INT64_MIN;
+  bool changed = a.sinks > 0 || int64_t(to.start.size()) != run.count;
+  to.start.resize(run.count);
+  to.stand.resize(run.count);
   to.query.resize(run.count);
   for (int64_t i = 0; i < run.count; ++i) {
-    const int64_t place = run.first + i;
-    const int64_t block = floor_div(place - a.shift, a.block);
-    start[i] = start_of(a, place, size);
-    stand[i] = block * a.stride + place - block * a.block;
+    const int64_t place = run.first + i, start = start_of(a, place, size);
+    const int64_t block = floor_div(place - a.shift, a.block), stand = block * a.stride + place - block * a.block;
+    low = std::min(low, start);
+    high = std::max(high, a.causal ? std::min(start + a.window, stand + 1) : start + a.window);
     to.query[i] = run.residue + place * a.dilation;
-    low = std::min(low, start[i]);
-    high = std::max(high, a.causal ? std::min(start[i] + a.window, stand[i] + 1) : start[i] + a.window);
   }
   if (a.border != kZero) {
     low = std::max<int64_t>(low, 0);
     high = std::min(high, size);
   }
-  to.position.clear();
-  std::vector<int64_t> at;
+  for (int64_t i = 0; i < run.count; ++i) {
+    const int64_t place = run.first + i, block = floor_div(place - a.shift, a.block);
+    const int64_t start = start_of(a, place, size) - low, stand = block * a.stride + place - block * a.block - low;
+    changed = changed || start != to.start[i] || stand != to.stand[i];
+    to.start[i] = start;
+    to.stand[i] = stand;
+  }
+  std::vector<int64_t>& at = to.position;
+  const int64_t before = int64_t(at.size());
+  at.clear();
   for (int64_t key = 0; key < std::min(a.sinks, size); ++key) {
     if (key < low || key >= high) at.push_back(key);
   }
   for (int64_t key = low; key < high; ++key) at.push_back(key);
   const int64_t keys = int64_t(at.size());
-  for (int64_t key : at) to.position.push_back(key >= 0 && key < size ? run.residue + key * a.dilation : -1);
-  to.code.resize(run.count * keys);
-  to.whole = true;
-  for (int64_t i = 0; i < run.count; ++i) {
-    for (int64_t u = 0; u < keys; ++u) {
-      const bool inside = at[u] >= start[i] && at[u] < start[i] + a.window;
-      const bool hidden = a.causal && at[u] > stand[i];
-      const bool sink = at[u] >= 0 && at[u] < std::min(a.sinks, size);
-      const int16_t code = inside ? int16_t(at[u] - stand[i] + a.window - 1) : sink ? kSink : kUnseen;
-      to.code[i * keys + u] = hidden ? kUnseen : code;
-      to.whole = to.whole && to.code[i * keys + u] >= 0;
+  if (changed || keys != before) {
+    changed = true;
+    to.code.resize(run.count * keys);
+    to.whole = true;
+    for (int64_t i = 0; i < run.count; ++i) {
+      const int64_t start = to.start[i] + low, stand = to.stand[i] + low;
+      for (int64_t u = 0; u < keys; ++u) {
+        const bool inside = at[u] >= start && at[u] < start + a.window;
+        const bool hidden = a.causal && at[u] > stand;
+        const bool sink = at[u] >= 0 && at[u] < std::min(a.sinks, size);
+        const int16_t code = inside ? int16_t(at[u] - stand + a.window - 1) : sink ? kSink : kUnseen;
+        to.code[i * keys + u] = hidden ? kUnseen : code;
+        to.whole = to.whole && to.code[i * keys + u] >= 0;
+      }
+    }
+  }
+  for (int64_t& key : at) key = key >= 0 && key < size ? run.residue + key * a.dilation : -1;
+  return changed;
+}
+
+// The head's table of biases [z, y, x] times `unit`, with a vector of zeros behind it; zeros where there is none.
+inline void read_table(const LocalShape& s, Numbers bias, int64_t head, float unit, std::vector<float>& table) {
+  const int64_t z = s.axis[0].offsets(), y = s.axis[1].offsets(), x = s.axis[2].offsets();
+  table.assign(z * y * x + kWidth, 0.f);
+  if (!bias.data) return;
+  float* to = table.data();
+  for (int64_t i = 0; i < z; ++i) {
+    for (int64_t j = 0; j < y; ++j) {
+      const int64_t row = head * s.bias[0] + i * s.bias[1] + j * s.bias[2];
+      for (int64_t l = 0; l < x; ++l) *to++ = bias[row + l * s.bias[3]] * unit;
     }
   }
 }

@@ -15,6 +15,15 @@
 namespace compiled_attn_cpp {
 namespace {
 
+// A row of few channels; a call of memcpy costs more than the row.
+template <class T>
+COMPILED_ATTN_INLINE void copy_row(const T* from, int64_t width, T* to) {
+  constexpr int64_t some = 64 / sizeof(T);
+  int64_t d = 0;
+  for (; d + some <= width; d += some) std::memcpy(static_cast<void*>(to + d), from + d, 64);
+  if (d < width) std::memcpy(static_cast<void*>(to + d), from + d, (width - d) * sizeof(T));
+}
+
 // One thread's work on tiles, one after the other.
 template <class T>
 class LocalTiles {
@@ -24,11 +33,8 @@ class LocalTiles {
 
   void run(int64_t b, int64_t head, const Run (&runs)[3]) {
     bool same = head == last_head && relative.data == nullptr;
-    for (int i = 0; i < 3; ++i) {
-      std::swap(last[i], view[i]);
-      look(s.axis[i], runs[i], view[i]);
-      same = same && last[i].code == view[i].code && last[i].query.size() == view[i].query.size();
-    }
+    for (int i = 0; i < 3; ++i) same = !look(s.axis[i], runs[i], view[i]) && same;
+    if (head != last_head) read_table(s, bias, head, 1.f, table);
     last_head = head;
     queries = int64_t(view[0].query.size() * view[1].query.size() * view[2].query.size());
     keys = int64_t(view[0].position.size() * view[1].position.size() * view[2].position.size());
@@ -39,22 +45,17 @@ class LocalTiles {
     packed_out.resize(queries * s.value_width);
     const int64_t vectors = (queries + kWidth - 1) / kWidth;
     const int64_t parts = (vectors + kMaxVectors - 1) / kMaxVectors;
-    const bool at_once = queries * keys <= kKept;
-    if (biased && at_once && !(same && kept)) add(b, head, 0, queries);
+    const bool at_once = queries * keys <= kKept, known = same && kept;
     kept = biased && at_once;
+    if (biased) ready.resize((at_once ? vectors : kMaxVectors) * kWidth * keys);
     for (int64_t part = 0; part < parts; ++part) {
       // The vectors are dealt evenly: 13 are 4 + 3 + 3 + 3.
       const int64_t begin = part * (vectors / parts) + std::min(part, vectors % parts);
       const int64_t count = vectors / parts + (part < vectors % parts);
       const int64_t first = begin * kWidth, rows = std::min(count * kWidth, queries - first);
-      if (biased && !at_once) add(b, head, first, rows);
-      const float* added_rows = added.data() + (at_once ? first * keys : 0);
-      if (count == 1) block<1>(first, rows, biased ? added_rows : nullptr);
-      if (count == 2) block<2>(first, rows, biased ? added_rows : nullptr);
-      if constexpr (kMaxVectors == 4) {
-        if (count == 3) block<3>(first, rows, biased ? added_rows : nullptr);
-        if (count == 4) block<4>(first, rows, biased ? added_rows : nullptr);
-      }
+      float* biases = biased ? ready.data() + (at_once ? first * keys : 0) : nullptr;
+      if (biased && !known) add(b, head, first, rows, count, biases);
+      as_constant<kMaxVectors>(count, [&](auto NV) { block<NV()>(first, rows, biases); });
     }
     scatter(out + b * s.out[0] + head * s.out[4]);
   }
@@ -62,8 +63,8 @@ class LocalTiles {
  private:
   static constexpr int64_t kKept = 1 << 15;  // floats of bias that are kept from tile to tile
 
-  template <int NV>
-  void block(int64_t first, int64_t rows, const float* biases) {
+  // The tile as an attention of `rows` queries.
+  AttentionShape shape(int64_t rows) const {
     AttentionShape a{};
     a.batch = a.heads = 1;
     a.queries = rows, a.keys = keys, a.width = s.width, a.value_width = s.value_width;
@@ -71,10 +72,14 @@ class LocalTiles {
     a.v[2] = a.out[2] = s.value_width;
     a.bias[2] = keys, a.bias[3] = 1;
     a.scale = s.scale;
-    memory.resize(QueryBlock<T, NV>::floats(a) + 16);
-    float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-    QueryBlock<T, NV>(a, aligned)
-        .run(packed_q.data() + first * s.width, packed_k.data(), packed_v.data(), BiasRows{biases, false},
+    return a;
+  }
+
+  template <int NV>
+  void block(int64_t first, int64_t rows, const float* biases) {
+    const AttentionShape a = shape(rows);
+    QueryBlock<T, NV>(a, memory.room(QueryBlock<T, NV>::floats(a)))
+        .run(packed_q.data() + first * s.width, packed_k.data(), packed_v.data(), BiasRows{biases, false, true},
              packed_out.data() + first * s.value_width, 0, rows);
   }
 
@@ -91,7 +96,7 @@ class LocalTiles {
           if (i < 0 || j < 0 || l < 0) {
             std::memset(static_cast<void*>(row), 0, width * sizeof(T));
           } else {
-            std::memcpy(row, from + i * strides[1] + j * strides[2] + l * strides[3], width * sizeof(T));
+            copy_row(from + i * strides[1] + j * strides[2] + l * strides[3], width, row);
           }
           row += width;
         }
@@ -104,17 +109,17 @@ class LocalTiles {
     for (int64_t i : view[0].query) {
       for (int64_t j : view[1].query) {
         for (int64_t l : view[2].query) {
-          std::memcpy(to + i * s.out[1] + j * s.out[2] + l * s.out[3], row, s.value_width * sizeof(T));
+          copy_row(row, s.value_width, to + i * s.out[1] + j * s.out[2] + l * s.out[3]);
           row += s.value_width;
         }
       }
     }
   }
 
-  // added [rows, keys]: bias and relative logits of the tile's queries from `first` on; minus infinity for what is
-  // not seen.
-  void add(int64_t b, int64_t head, int64_t first, int64_t rows) {
-    added.resize(rows * keys);
+  // to [keys, vectors, W]: bias and relative logits of the tile's queries from `first` on, times log2(e); minus infinity
+  // for what is not seen.
+  void add(int64_t b, int64_t head, int64_t first, int64_t rows, int64_t vectors, float* to) {
+    added.resize(rows * keys + kWidth);
     const int64_t size_y = int64_t(view[1].query.size()), size_x = int64_t(view[2].query.size());
     const int64_t keys_z = int64_t(view[0].position.size()), keys_y = int64_t(view[1].position.size());
     const int64_t keys_x = int64_t(view[2].position.size());
@@ -132,16 +137,25 @@ class LocalTiles {
             std::fill(row, row + keys_x, kMinusInfinity);
             continue;
           }
-          const int64_t corner = head * s.bias[0] + code_z * s.bias[1] + code_y * s.bias[2];
-          const float outer = relative_of(0, place, code_z) + relative_of(1, place, code_y);
-          for (int64_t l = 0; l < keys_x; ++l) {
-            const float table = bias.data && codes[l] >= 0 ? bias[corner + codes[l] * s.bias[3]] : 0.f;
-            const float inner = codes[l] >= 0 ? outer + relative_of(2, place, codes[l]) : 0.f;
-            row[l] = codes[l] == kUnseen ? kMinusInfinity : table + inner;
+          if (code_z == kSink || code_y == kSink) {
+            std::fill(row, row + keys_x, 0.f);
+          } else {
+            const float* line = table.data() + (code_z * s.axis[1].offsets() + code_y) * s.axis[2].offsets();
+            if (view[2].whole) {  // the distances of a row then follow each other
+              for (int64_t l = 0; l < keys_x; l += kWidth) vstore(row + l, vload(line + codes[0] + l));
+            } else {
+              for (int64_t l = 0; l < keys_x; ++l) row[l] = codes[l] >= 0 ? line[codes[l]] : 0.f;
+            }
           }
+          if (relative.data) {
+            const float outer = relative_of(0, place, code_z) + relative_of(1, place, code_y);
+            for (int64_t l = 0; l < keys_x; ++l) row[l] += codes[l] >= 0 ? outer + relative_of(2, place, codes[l]) : 0.f;
+          }
+          for (int64_t l = 0; !view[2].whole && l < keys_x; ++l) row[l] = codes[l] == kUnseen ? kMinusInfinity : row[l];
         }
       }
     }
+    load_bias(shape(rows), added.data(), vectors, rows, keys, to);
   }
 
   float relative_of(int axis, int64_t place, int16_t code) const {
@@ -152,11 +166,12 @@ class LocalTiles {
   const T *q, *k, *v;
   const Numbers bias, relative;
   T* out;
-  View view[3], last[3];
+  View view[3];
   int64_t queries = 0, keys = 0, last_head = -1;
   bool kept = false;
   std::vector<T> packed_q, packed_k, packed_v, packed_out;
-  std::vector<float> added, memory;
+  std::vector<float> table, added, ready;
+  Lines memory;
 };
 
 // Most queries of a run along each axis: about 64 in a tile, shared among the axes that have no blocks.

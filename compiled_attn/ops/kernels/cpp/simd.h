@@ -62,6 +62,7 @@ COMPILED_ATTN_INLINE void from_float(float x, Bf16* out) {
 #if defined(COMPILED_ATTN_AVX512)
 
 using Vec = __m512;
+using Lanes = __m512i;
 constexpr int kWidth = 16;
 constexpr float kExp2Floor = -200.f;  // its power of two is below the least denormal
 
@@ -101,6 +102,8 @@ COMPILED_ATTN_INLINE Vec vless(Vec x, Vec y, Vec a, Vec b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a);
 }
 COMPILED_ATTN_INLINE float vsum(Vec v) { return _mm512_reduce_add_ps(v); }
+// Lane i of the result is lane from[i].
+COMPILED_ATTN_INLINE Vec vpermute(Vec v, Lanes from) { return _mm512_permutexvar_ps(from, v); }
 COMPILED_ATTN_INLINE Vec nearest_whole(Vec x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -140,6 +143,7 @@ COMPILED_ATTN_INLINE void vtranspose(Vec (&r)[16]) {
 #elif defined(COMPILED_ATTN_AVX2)
 
 using Vec = __m256;
+using Lanes = __m256i;
 constexpr int kWidth = 8;
 constexpr float kExp2Floor = -127.f;  // its exponent field is 0
 
@@ -167,6 +171,7 @@ COMPILED_ATTN_INLINE float vsum(Vec v) {
   _mm256_storeu_ps(lanes, v);
   return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
+COMPILED_ATTN_INLINE Vec vpermute(Vec v, Lanes from) { return _mm256_permutevar8x32_ps(v, from); }
 COMPILED_ATTN_INLINE Vec nearest_whole(Vec x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -230,6 +235,10 @@ COMPILED_ATTN_INLINE Vec vless(Vec x, Vec y, Vec a, Vec b) {
 }
 COMPILED_ATTN_INLINE Vec vmax(Vec a, Vec b) { return vless(b, a, a, b); }
 COMPILED_ATTN_INLINE float vsum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+COMPILED_ATTN_INLINE Vec vpermute(Vec v, Lanes from) {
+  if (from[1] == 1 && from[2] == 2 && from[3] == 3) return v;  // mostly; there is no such instruction everywhere
+  return Vec{v[from[0]], v[from[1]], v[from[2]], v[from[3]]};
+}
 #if defined(__ARM_NEON) && defined(__aarch64__)
 }  // namespace
 }  // namespace compiled_attn_cpp
