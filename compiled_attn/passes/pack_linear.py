@@ -225,10 +225,9 @@ def _onednn(case: Linear, rows: int) -> Callable[[], Any]:
 def _cpp(target: Target, case: Linear, rows: int) -> Callable[[], Any]:
     """Our kernel, compiled by itself (once a kind of case; kept by Inductor's cache of libraries)."""
     x, w, b, other = _tensors(case, rows)
-    columns = cpp_gemm.columns(case.outer, target)
-    packed, out = pack(w, columns), torch.empty(rows, case.outer, dtype=case.dtype)
+    packed, out = pack(w, cpp_gemm.columns(case.outer, target)), torch.empty(rows, case.outer, dtype=case.dtype)
     activation = ACTIVATION.get(case.epilogue, "none")
-    function = _torch.cpp_function(cpp_gemm.standalone(case.dtype, columns, activation))
+    function = _torch.cpp_function(cpp_gemm.standalone(case.dtype, case.outer, activation, target))
     residual = other if case.epilogue == "add" else None
     tensors = [0 if t is None else t.data_ptr() for t in (x, packed, b, residual, out)]
 

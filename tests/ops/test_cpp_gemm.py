@@ -87,11 +87,14 @@ def test_packing_is_undone_by_unpacking(spec, columns):
         ("zen5", 1000, 48),
         ("zen5", 64, 64),
         ("zen5", 10, 16),
+        ("zen5", 80, 48),  # and two vectors of three
+        ("zen5", 112, 64),  # and three of four
+        ("zen5", 195, 48),
         ("x86-64-v3", 384, 16),
         ("aarch64", 384, 12),
     ],
 )
-def test_blocks_waste_the_fewest_columns(target, outer, columns):
+def test_blocks_are_wide_and_the_last_is_not_narrow(target, outer, columns):
     assert cpp_gemm.columns(outer, targets.load(target)) == columns
 
 

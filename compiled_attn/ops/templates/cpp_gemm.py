@@ -46,10 +46,18 @@ def lanes(target: Any) -> int:
 
 
 def columns(outer: int, target: Any) -> int:
-    """W for N output columns: three vectors, or as many as waste least (two at most where registers are 16)."""
-    vectors = (2, 1) if target.isa in ("avx2", "sse4") else (3, 4, 2, 1)
-    widths = [count * lanes(target) for count in vectors]
-    return min(widths, key=lambda width: -(-outer // width) * width)
+    """W for N output columns: 3 or 4 vectors (two where registers are 16), whichever fills the last block better."""
+    vectors = -(-outer // lanes(target))
+    widest = (2,) if target.isa in ("avx2", "sse4") else (3, 4)
+    if vectors <= widest[-1]:
+        return vectors * lanes(target)
+    return max(widest, key=lambda width: (vectors % width or width) / width) * lanes(target)
+
+
+def last(outer: int, target: Any) -> int:
+    """Columns of the last block that the kernel computes, whole vectors."""
+    rest = (outer - 1) % columns(outer, target) + 1
+    return -(-rest // lanes(target)) * lanes(target)
 
 
 TEMPLATE = Template(NAME, "packed_linear", "cpu", accepts)
@@ -84,12 +92,16 @@ def statements(views: dict[str, Any], width: int, activation: str) -> str:
         f"compiled_attn_cpp::GemmShape s{{{x.sizes[0]}, {x.sizes[1]}, {out.sizes[1]}, "
         f"{x.strides[0]}, {beside}, {out.strides[0]}}};\n"
         f"compiled_attn_cpp::gemm<{ctype}, compiled_attn_cpp::Activation::{activation}, "
-        f"{width} / compiled_attn_cpp::kWidth>(s, {tensors}, {written(out)});\n"
+        f"{width} / compiled_attn_cpp::kWidth, compiled_attn_cpp::last_vectors({out.sizes[1]}, {width})>"
+        f"(s, {tensors}, {written(out)});\n"
     )
 
 
-def standalone(dtype: torch.dtype, width: int, activation: str) -> str:
-    """C++ of `kernel(x, packed, bias, residual, out, M, K, N)` on dense tensors, for measuring the kernel by itself."""
+def standalone(dtype: torch.dtype, outer: int, activation: str, target: Any) -> str:
+    """C++ of `kernel(x, packed, bias, residual, out, M, K, N)` on dense tensors, for measuring the kernel by itself.
+
+    One source serves all N with blocks and a last block as wide as those of `outer`.
+    """
     ctype = CTYPES[dtype]
     arguments = "const void* x, const void* packed, const void* bias, const void* residual, void* out"
     casts = ", ".join(f"(const {ctype}*){name}" for name in ("x", "packed", "bias", "residual"))
@@ -97,6 +109,6 @@ def standalone(dtype: torch.dtype, width: int, activation: str) -> str:
         f"{marked(NAME, 'gemm.h')}\n"
         f'extern "C" void kernel({arguments}, int64_t rows, int64_t inner, int64_t outer) {{\n'
         "  compiled_attn_cpp::GemmShape s{rows, inner, outer, inner, outer, outer};\n"
-        f"  using namespace compiled_attn_cpp;\n  gemm<{ctype}, Activation::{activation}, {width} / kWidth>"
-        f"(s, {casts}, ({ctype}*)out);\n}}\n"
+        f"  using namespace compiled_attn_cpp;\n  gemm<{ctype}, Activation::{activation}, "
+        f"{columns(outer, target)} / kWidth, {last(outer, target)} / kWidth>(s, {casts}, ({ctype}*)out);\n}}\n"
     ).replace("compiled_attn_cpp::Bf16", "Bf16")

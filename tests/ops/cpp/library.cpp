@@ -49,7 +49,11 @@ template <class T, int NV>
 static void run_gemm(const GemmShape& s, int activation, const void* x, const void* packed, const void* bias,
                      const void* residual, void* out) {
   const T *a = (const T*)x, *w = (const T*)packed, *b = (const T*)bias, *r = (const T*)residual;
-  if (activation == 0) gemm<T, Activation::none, NV>(s, a, w, b, r, (T*)out);
+  if (activation == 0) {
+    as_constant<NV>(last_vectors(s.outer, NV * kWidth), [&](auto last) {
+      gemm<T, Activation::none, NV, decltype(last)::value>(s, a, w, b, r, (T*)out);
+    });
+  }
   if (activation == 1) gemm<T, Activation::relu, NV>(s, a, w, b, r, (T*)out);
   if (activation == 2) gemm<T, Activation::silu, NV>(s, a, w, b, r, (T*)out);
   if (activation == 3) gemm<T, Activation::gelu, NV>(s, a, w, b, r, (T*)out);

@@ -3,7 +3,7 @@
 //   x [M, K] rows of stride `x`, channel stride 1.  packed [ceil(N / W), ceil(K / P), W, P] contiguous, zeros beyond N:
 //   P is 1 for float32 and 2 for bfloat16 (pairs along K, K even); W = NV * kWidth.  b [N], r [M, N], y [M, N].
 //
-// A register tile holds R rows of NV vectors of y. Tasks are (chunk of rows, block of columns): a block of w stays in the
+// A register tile holds R rows of NV vectors of y; those of the last block that lie beyond N are left out. Tasks are (chunk of rows, block of columns): a block of w stays in the
 // second-level cache while the rows pass by it, and the next block is fetched meanwhile. Sums are float32 throughout.
 #ifndef COMPILED_ATTN_CPP_GEMM_H
 #define COMPILED_ATTN_CPP_GEMM_H
@@ -45,8 +45,8 @@ struct Ahead {
 };
 constexpr int64_t kAheadSteps = 8;
 
-// sum[r][j] += over t of x(r, t) * block[t][j], with x(r, t) the four bytes at x + r * row + 4 * t.
-template <class Step, int R, int NV>
+// sum[r][j] += over t of x(r, t) * block[t][j], with x(r, t) the four bytes at x + r * row + 4 * t; rows of W columns.
+template <class Step, int W, int R, int NV>
 COMPILED_ATTN_INLINE void gemm_steps(const char* x, int64_t row, const float* block, int64_t steps, Ahead& ahead,
                                      Vec (&sum)[R][NV]) {
   for (int64_t begin = 0; begin < steps; begin += kAheadSteps) {
@@ -64,13 +64,13 @@ COMPILED_ATTN_INLINE void gemm_steps(const char* x, int64_t row, const float* bl
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) sum[r][j] = Step::step(value, column[j], sum[r][j]);
       }
-      block += NV * kWidth;
+      block += W;
     }
   }
 }
 
-// One register tile: R rows from x and y, the columns [first, first + NV * kWidth) of one block.
-template <class T, Activation A, int R, int NV>
+// One register tile: R rows from x and y, the columns [first, first + NV * kWidth) of one block of W.
+template <class T, Activation A, int W, int R, int NV>
 COMPILED_ATTN_INLINE void gemm_tile(const GemmShape& s, const T* x, const float* block, const T* bias, const T* residual,
                                     T* out, int64_t first, Ahead& ahead) {
   using Step = StepOf<T>;
@@ -80,7 +80,7 @@ COMPILED_ATTN_INLINE void gemm_tile(const GemmShape& s, const T* x, const float*
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) sum[r][j] = vset(0.f);
   const char* rows = reinterpret_cast<const char*>(x);
-  gemm_steps<Step>(rows, s.x * int64_t(sizeof(T)), block, s.inner / Step::kPerStep, ahead, sum);
+  gemm_steps<Step, W>(rows, s.x * int64_t(sizeof(T)), block, s.inner / Step::kPerStep, ahead, sum);
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) {
     const int64_t column = first + j * kWidth;
@@ -114,8 +114,14 @@ inline int64_t threads() {
 #endif
 }
 
-// `bias` and `residual` may be null. Threads: OpenMP's, one task a chunk of rows and a block of columns.
-template <class T, Activation A, int NV>
+// Vectors of the last block of W columns that hold some of the N.
+constexpr int last_vectors(int64_t outer, int64_t W) {
+  return int((outer - (outer - 1) / W * W + kWidth - 1) / kWidth);
+}
+
+// `bias` and `residual` may be null. Last: last_vectors(N, W). Threads: OpenMP's, one task a chunk of rows and a block
+// of columns.
+template <class T, Activation A, int NV, int Last = NV>
 void gemm(const GemmShape& s, const T* x, const T* packed, const T* bias, const T* residual, T* out) {
   constexpr int64_t W = NV * kWidth;
   constexpr int R = gemm_rows<NV>();
@@ -136,12 +142,20 @@ void gemm(const GemmShape& s, const T* x, const T* packed, const T* bias, const 
     const int64_t lines = block + 1 < blocks ? steps * W * 4 / 64 : 0;
     const int64_t turns = (rows + R - 1) / R * ((steps + kAheadSteps - 1) / kAheadSteps);
     Ahead ahead{next, next + lines * 64, (lines + turns - 1) / turns};
-    by_tiles<R>(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
-      const int64_t at = begin + row;
-      gemm_tile<T, A, decltype(count)::value, NV>(s, x + at * s.x, weights + block * steps * W, bias,
-                                                  residual ? residual + at * s.residual : nullptr, out + at * s.out,
-                                                  block * W, ahead);
-    });
+    const auto by_vectors = [&](auto vectors) __attribute__((always_inline)) {
+      constexpr int V = decltype(vectors)::value;
+      by_tiles<gemm_rows<V>()>(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
+        const int64_t at = begin + row;
+        gemm_tile<T, A, W, decltype(count)::value, V>(s, x + at * s.x, weights + block * steps * W, bias,
+                                                      residual ? residual + at * s.residual : nullptr, out + at * s.out,
+                                                      block * W, ahead);
+      });
+    };
+    if (Last == NV || block + 1 < blocks) {
+      by_vectors(std::integral_constant<int, NV>());
+    } else {
+      by_vectors(std::integral_constant<int, Last>());
+    }
   }
 }
 
