@@ -200,7 +200,8 @@ def chosen(
             return Found(call, factors, pattern, table, added.names, logits, end, numbering, condition)
     if reason:
         return reason
-    if (groups.whole and call.causal) or _all_earlier(groups):
+    one = len(groups.queries) == 1 and bool(groups.visible.all())  # its queries share their keys, wherever they lie
+    if one or (groups.whole and call.causal) or _all_earlier(groups):
         return None
     if any(next(patterns(groups, q, k, lenient=True), None) for q, k in _maps(factors)):
         joined = "its windows join opposite borders of the map and nothing hides that"
