@@ -3,11 +3,14 @@
     t = index(table, positions); b = permute(t, ...)      ->    b is a constant
 
 Never folds random ops, parameters of a program that trains, or a value more than `growth` times as large as what it
-was made from (a broadcast is cheaper to repeat than to read).
+was made from (a broadcast is cheaper to repeat than to read). What is gathered from a table (a relative bias) is read
+again as dearly as it is kept, however much larger: it is folded while all such values together hold no more than the
+program's own tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +25,12 @@ if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
 
 FREE = 4096  # elements: a constant this small is always worth keeping
+GATHERS = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_select.default,
+    torch.ops.aten.gather.default,
+    torch.ops.aten.embedding.default,
+}
 
 
 def constant_placeholders(program: Program) -> dict[str, str]:
@@ -71,12 +80,17 @@ def fold(edit: Edit, program: Program, growth: float) -> list[tuple[fx.Node, tup
     ]
     memo: dict[fx.Node, Any] = {}
     folded = []
+    room = sum(t.numel() * t.element_size() for t in tensors.values())  # bytes, for what only a gather makes large
     for node in borders:
         made_from = tuple(sorted(roots[node]))
-        small = sum(tensors[p.name].numel() for p in _leaves(node))
         size = node.meta["val"].numel()
-        if not isinstance(size, int) or size > max(FREE, growth * small) or _is_view(node):
+        if not isinstance(size, int) or _is_view(node):
             continue
+        if size > max(FREE, growth * _elements(node, frozenset())):
+            held = size * node.meta["val"].element_size()
+            if size > growth * _elements(node, GATHERS) or held > room:
+                continue
+            room -= held
         value = _evaluate(node, tensors, memo)
         origins = tuple(o for name in made_from for o in program.origin.get(name, (name,)))
         constant = edit.constant(f"folded.{node.name}", value.contiguous(), made_from=origins)
@@ -86,16 +100,18 @@ def fold(edit: Edit, program: Program, growth: float) -> list[tuple[fx.Node, tup
     return folded
 
 
-def _leaves(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [node]
+def _elements(node: fx.Node, ends: Collection[Any]) -> int:
+    """How many the values hold that a node is made from: placeholders, and results of the ops `ends`."""
+    stack, met, total = [node], {node}, 0
     while stack:
         top = stack.pop()
-        if top.op == "placeholder":
-            found.add(top)
+        if top.op == "placeholder" or top.target in ends:
+            total += top.meta["val"].numel()
         else:
-            stack.extend(top.all_input_nodes)
-    return found
+            fresh = [n for n in top.all_input_nodes if n not in met]
+            met.update(fresh)
+            stack += fresh
+    return total
 
 
 def _is_view(node: fx.Node) -> bool:

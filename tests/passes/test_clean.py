@@ -76,6 +76,34 @@ def test_a_broadcast_is_not_stored():
     assert all(t.numel() <= 64 for t in changed.constants.values() if isinstance(t, torch.Tensor))
 
 
+class Biased(nn.Module):
+    """Scores plus a bias [H, N, N] gathered from a table of few offsets; `copies` of it side by side."""
+
+    def __init__(self, count=48, heads=3, copies=1, ballast=0):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(heads, 2 * count - 1))
+        self.ballast = nn.Parameter(torch.randn(ballast))
+        self.count, self.copies = count, copies
+
+    def forward(self, x):
+        place = torch.arange(self.count)
+        offset = place[:, None] - place + self.count - 1
+        bias = self.table.index_select(1, offset.flatten()).unflatten(1, (self.count, self.count))
+        return x + bias.repeat_interleave(self.copies, 0).mul(0.5) + self.ballast.sum()
+
+
+@pytest.mark.parametrize(
+    "options, folds",
+    [({"ballast": 7_000}, True), ({"ballast": 1_000}, False), ({"ballast": 90_000, "copies": 12}, False)],
+    ids=["it has room", "it is larger than all weights", "a broadcast makes it large"],
+)
+def test_what_is_gathered_from_a_small_table_is_kept_where_the_weights_are_no_fewer(options, folds):
+    model = Biased(**options)
+    x = torch.randn(3 * model.copies, 48, 48)
+    _, changed, _, _ = run(model, x)
+    assert any(t.shape == x.shape for t in changed.constants.values()) is folds
+
+
 def test_random_values_are_not_folded():
     class Noise(nn.Module):
         def forward(self, x):
