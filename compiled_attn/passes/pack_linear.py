@@ -100,6 +100,7 @@ def bucket(rows: int) -> int:
 def describe(node: fx.Node, program: Program, constants: Mapping[str, str]) -> Linear | str:
     """The linear map of a node, or because of what it is left as it is."""
     x, weight, bias = operands(node)
+    weight = gates(weight)[0]
     if weight.name not in constants:
         return f"its weight is computed ({weight.name}), so it can not be packed ahead"
     if bias is not None and bias.name not in constants:
@@ -130,6 +131,15 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         return args[1], args[2], args[0]
     bias = args[2] if node.target is aten.linear.default and len(args) > 2 else node.kwargs.get("bias")
     return args[0], args[1], bias if isinstance(bias, fx.Node) else None
+
+
+def gates(weight: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """A weight [N, K], and the computed factors [K] of its columns (GateWeights), if it has some."""
+    if weight.target is aten.mul.Tensor and isinstance(weight.args[0], fx.Node):
+        value, factors = weight.args
+        if isinstance(factors, fx.Node) and value.meta["val"].dim() == 2 and factors.meta["val"].dim() == 1:
+            return value, factors
+    return weight, None
 
 
 def epilogue(node: fx.Node) -> str:
@@ -252,6 +262,10 @@ def choose(program: Program, measure: Measure | None, target: Target, notes: Not
         if isinstance(case, str):
             notes.miss(node, "pack-linear", case)
             continue
+        if gates(operands(node)[1])[1] is not None:
+            found[node] = "cpp"
+            notes.did(node, "pack-linear", f"{case.text}: cpp", "whose packed weights can take its gates")
+            continue
         if not torch.backends.mkldnn.is_available():
             found[node] = "aten"
             notes.miss(node, "pack-linear", "this torch was built without oneDNN")
@@ -336,6 +350,7 @@ def _packed(
 ) -> None:
     """Puts our op in the place of a linear map and of what its epilogue computes; equal weights are packed once."""
     x, weight, bias = operands(old)
+    weight, factors = gates(weight)
     behind = epilogue(old)
     last = old if behind == "none" else next(iter(old.users))
     value = program.tensors()[weight.name]
@@ -352,8 +367,13 @@ def _packed(
         if behind == "add":
             other = next(a for a in last.args if a is not old)
             residual = edit.call(aten.reshape.default, (other, [-1, value.shape[0]]), like=last)
+        weights = packed[key]
+        if factors is not None:
+            _, steps, _, side = weights.meta["val"].shape
+            spread = edit.call(aten.reshape.default, (factors, [1, steps, 1, side]), like=old)
+            weights = edit.call(aten.mul.Tensor, (weights, spread), like=old)
         options = {"outer": value.shape[0], "activation": ACTIVATION.get(behind, "none")}
-        new = edit.call(packed_linear.overload, (rows, packed[key], bias, residual), options, like=last)
+        new = edit.call(packed_linear.overload, (rows, weights, bias, residual), options, like=last)
         out = edit.call(aten.reshape.default, (new, [*leading, value.shape[0]]), like=last)
     edit.replace(last, out)
 

@@ -30,6 +30,7 @@ def default(
     from compiled_attn.passes.choose_local_attention import ChooseLocalAttention
     from compiled_attn.passes.fold_scale import FoldScale
     from compiled_attn.passes.fuse_depthwise import FuseDepthwise
+    from compiled_attn.passes.gate_weights import GateWeights
     from compiled_attn.passes.lower_decay import LowerDecay
     from compiled_attn.passes.pack_linear import PackLinear
     from compiled_attn.passes.raise_local_attention import RaiseLocalAttention
@@ -46,6 +47,7 @@ def default(
             FuseDepthwise(),
             ChannelsLast(),
             FoldScale(),
+            GateWeights(),
             FoldConstants(),
             ChooseAttention(),
             PackLinear(tune, measure),
