@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(DEFAULT))
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--round-ms", type=float, default=100.0, help="time given to each peer in each round")
+    p.add_argument("--limit", type=float, default=300.0, help="seconds that each peer may take to get ready")
     p.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: process time, on a busy machine")
     p.add_argument("--where", action="store_true", help="also where the time of ours goes, by class of op")
     p.add_argument("--costs", action="store_true", help="also compile time cold and warm, start-up, memory, size")
@@ -75,6 +76,7 @@ def in_process(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
         "peers": options.peers,
         "rounds": options.rounds,
         "round_seconds": options.round_ms / 1e3,
+        "limit": options.limit,
         "where": options.where,
         "costs": options.costs,
     }
@@ -114,8 +116,12 @@ def compare(case: Case, job: dict[str, Any]) -> list[dict[str, Any]]:
             record = records[name] = {**case.as_dict(), "peer": name, "gflop": total / 1e9, "roof": vars(limit)}
             began = time.perf_counter()
             try:
-                runner = PEERS[name](case, model, x, Path(folder))
-                found = runner.call().float()
+                with timing.within(job["limit"]):
+                    runner = PEERS[name](case, model, x, Path(folder))
+                    found = runner.call().float()
+            except timing.OutOfTime:
+                record["because"] = f"it was not ready after {job['limit']:g} s"
+                continue
             except NotHere as error:
                 record["because"] = str(error)
                 continue

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ cases, peers, hotspots, report, roof, run, timing = (
     for name in ("cases", "peers", "hotspots", "report", "roof", "run", "timing")
 )
 
-JOB = {"rounds": 2, "round_seconds": 0.001, "where": False, "costs": False}
+JOB = {"limit": 0.4, "rounds": 2, "round_seconds": 0.001, "where": False, "costs": False}
 SMALL = cases.Case("digits", 1)
 
 
@@ -37,7 +38,13 @@ def tiny(monkeypatch):
     def broken(*_):
         return peers.Runner(lambda: 1 / 0)
 
-    found = {"eager": right, "wrong": wrong, "absent": absent, "broken": broken}
+    def slow(*_):
+        try:
+            time.sleep(5.0)
+        except Exception:
+            return peers.Runner(lambda: model(x))
+
+    found = {"eager": right, "wrong": wrong, "absent": absent, "broken": broken, "slow": slow}
     monkeypatch.setattr(run, "PEERS", found)
     monkeypatch.setattr(run.roof, "measure", lambda precision: roof.Roof(precision, 1, 100.0, 100.0, 10.0))
     with torch.no_grad():
@@ -55,6 +62,7 @@ def test_a_peer_with_wrong_numbers_gets_its_difference_and_no_time(tiny) -> None
 def test_a_peer_that_can_not_run_says_why(tiny) -> None:
     assert tiny["absent"]["because"] == "it is not installed"
     assert tiny["broken"]["because"].startswith("ZeroDivisionError")
+    assert tiny["slow"]["because"] == "it was not ready after 0.4 s"
     assert "because it is not installed" in report.table(list(tiny.values()))
 
 
@@ -63,7 +71,7 @@ def test_results_are_written_as_json_lines_table_and_plot(tiny, tmp_path: Path) 
     paths = report.write(list(tiny.values()), tmp_path)
     assert [p.name for p in paths] == ["results.jsonl", "results.txt", "results.png"]
     records = [json.loads(line) for line in paths[0].read_text().splitlines()]
-    assert [r["peer"] for r in records] == ["eager", "wrong", "absent", "broken"]
+    assert [r["peer"] for r in records] == ["eager", "wrong", "absent", "broken", "slow"]
     assert records[0]["machine"]["torch"] == torch.__version__
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
@@ -108,6 +116,8 @@ def test_difference_is_relative_and_infinite_for_what_is_no_answer(found, wanted
         ("graph_0_cpp_fused_add_bmm_gelu_native_layer_norm_select_view_4", "layernorm"),
         ("graph_0_cpp_fused_add_attention_native_layer_norm_view_3", "attention"),
         ("graph_0_cpp_fused_native_layer_norm_packed_linear_view_6", "linear"),
+        ("graph_0_cpp_fused_depthwise_block_native_layer_norm_permute_3", "convolution"),
+        ("graph_0_cpp_fused_add_neighborhood_apply_permute_9", "attention"),
         ("graph_0_cpp_fused_convolution_0", "other"),
     ],
 )
