@@ -170,6 +170,11 @@ class Edit:
         self._origin: dict[str, tuple[str, ...]] = {}
         self._names: dict[str, str] = {}
         self._replaced: list[fx.Node] = []
+        specs = [s for s in program.signature.input_specs if hasattr(s.arg, "name")]
+        self._inputs = {s.arg.name for s in specs if s.kind not in LIFTED}
+        self._targets = {s.arg.name: s.target for s in specs}
+        self._tensors = program.tensors()
+        self._changes = set(program.signature.buffers_to_mutate.values())
 
     def call(
         self, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, like: fx.Node
@@ -205,7 +210,7 @@ class Edit:
         while fresh in self.program.state or fresh in self.program.constants or fresh in self._new:
             count += 1
             fresh = f"{name}_{count}"
-        first = next(n for n in self.graph.nodes if n.op != "placeholder" or self._is_input(n))
+        first = next(n for n in self.graph.nodes if n.op != "placeholder" or n.name in self._inputs)
         with self.graph.inserting_before(first):
             node = self.graph.placeholder(fresh)
         mode = self.program.fake_mode
@@ -223,12 +228,11 @@ class Edit:
         if node.name in self._names:
             name = self._names[node.name]
             return name, self._new[name], self._origin[name]
-        spec = next((s for s in self.program.signature.input_specs if getattr(s.arg, "name", None) == node.name), None)
-        value = self.program.tensors().get(node.name)
-        changes = self.program.signature.buffers_to_mutate.values()
-        if node.op != "placeholder" or spec is None or spec.target is None or value is None or spec.target in changes:
+        target = self._targets.get(node.name)
+        value = self._tensors.get(node.name)
+        if node.op != "placeholder" or target is None or value is None or target in self._changes:
             return None
-        return spec.target, value.detach(), self.program.origin.get(spec.target, (spec.target,))
+        return target, value.detach(), self.program.origin.get(target, (target,))
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Every use of `old` becomes a use of `new`; `old` goes when the edit is finished."""
@@ -277,12 +281,6 @@ class Edit:
             constants=constants,
             origin={k: v for k, v in {**self.program.origin, **self._origin}.items() if k in constants},
             history=(*self.program.history, name),
-        )
-
-    def _is_input(self, node: fx.Node) -> bool:
-        return any(
-            s.kind not in LIFTED and getattr(s.arg, "name", None) == node.name
-            for s in self.program.signature.input_specs
         )
 
 

@@ -135,11 +135,11 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
 
 def gates(weight: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """A weight [N, K], and the computed factors [K] of its columns (GateWeights), if it has some."""
-    if weight.target is aten.mul.Tensor and isinstance(weight.args[0], fx.Node):
-        value, factors = weight.args
-        if isinstance(factors, fx.Node) and value.meta["val"].dim() == 2 and factors.meta["val"].dim() == 1:
-            return value, factors
-    return weight, None
+    value, factors = weight.args if weight.target is aten.mul.Tensor else (None, None)
+    if not isinstance(value, fx.Node) or not isinstance(factors, fx.Node):
+        return weight, None
+    ranks = (value.meta["val"].dim(), factors.meta["val"].dim())
+    return (value, factors) if ranks == (2, 1) else (weight, None)
 
 
 def epilogue(node: fx.Node) -> str:

@@ -33,6 +33,7 @@ def default(
     from compiled_attn.passes.gate_weights import GateWeights
     from compiled_attn.passes.lower_decay import LowerDecay
     from compiled_attn.passes.pack_linear import PackLinear
+    from compiled_attn.passes.pool_products import PoolProducts
     from compiled_attn.passes.raise_local_attention import RaiseLocalAttention
     from compiled_attn.passes.raise_neighborhood import RaiseNeighborhood
     from compiled_attn.passes.split_mixed_attention import SplitMixedAttention
@@ -44,6 +45,7 @@ def default(
     if target.kind == "cpu":
         passes += [
             RaiseLocalAttention(),
+            PoolProducts(),
             FuseDepthwise(),
             ChannelsLast(),
             FoldScale(),

@@ -128,3 +128,23 @@ def test_inductor_keeps_axes_of_attention():
     with torch.no_grad():
         for found, want in zip(torch.compile(forms)(*given), wanted, strict=True):
             assert (found - want).abs().max() < 1e-5
+
+
+def test_inductor_is_told_the_strides_that_it_would_find():
+    """The mend's shortcut for sums of products, and the questions that it hands on, give what Inductor gives."""
+    import sympy
+    from torch._inductor.codegen import cpp
+    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+    original = getattr(cpp.stride_at_vec_range, "asked", cpp.stride_at_vec_range)
+    _torch_mends.know_strides_of_plain_indices()
+    d0, d1, s0 = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("d0", "d1", "s0"))
+    indices = [
+        d0 * 196 + d1, d1 * s0 + d0, sympy.Integer(7), s0 * (d0 + 3 * d1), d0 * d1 + d1, FloorDiv(d1, 16) + d0,
+        14 * FloorDiv(d1, 14) + ModularIndexing(d1, 1, 14), 3 * ModularIndexing(d1, 1, 32) + d0, sympy.Max(d1, 3) + d0,
+    ]  # fmt: skip
+    for index in indices:
+        for var in (d0, d1):
+            for length in (None, 16):
+                found = cpp.stride_at_vec_range(index, var, length)
+                assert sympy.simplify(found - original(index, var, length)) == 0, (index, var, length)
