@@ -19,6 +19,7 @@ def mend() -> None:
     """All of them."""
     keep_sums_within_their_buffers()
     keep_axes_of_attention()
+    divide_by_places_inside()
     start_threads_for_work_only()
     know_strides_of_plain_indices()
 
@@ -93,6 +94,31 @@ def _over_usual_axes(nodes: Sequence[fx.Node]) -> bool:
     query, key, value = (permutations(n) for n in (scores.args[0], scores.args[1], out.args[1]))
     transposed = key[:1] in ([(0, 2, 1)], [(0, 1, 3, 2)])
     return transposed and all(p == (0, 2, 1, 3) for p in (*query, *key[1:], *value))
+
+
+def divide_by_places_inside() -> None:
+    """Inductor's gradient of average pooling divides by the whole window where the last one, in `ceil_mode`, hangs over
+    the end; the pooling itself divides by the part of it that lies on the map or its padding (torch 2.11 to 2.13).
+
+    Without padding that part is what is counted where padding does not count; with padding ATen's operator is called.
+    """
+    from torch._inductor import lowering
+
+    target = torch.ops.aten.avg_pool2d_backward.default
+    given = lowering.lowerings[target]
+    if getattr(given, "divides_by_places_inside", False):
+        return
+
+    def divided(
+        grad: Any, x: Any, kernel: Any, stride: Any, padding: Any, ceil: bool, padded: bool, divisor: Any = None
+    ) -> Any:
+        hangs = ceil and padded and divisor is None
+        if hangs and any(padding):
+            return lowering.fallback_avg_pool2d_backward(grad, x, kernel, stride, padding, ceil, padded, divisor)
+        return given(grad, x, kernel, stride, padding, ceil, padded and not hangs, divisor)
+
+    divided.divides_by_places_inside = True  # type: ignore[attr-defined]
+    lowering.lowerings[target] = divided
 
 
 WORTH_THREADS = 16 * 1024  # iterations of a loop from which a parallel region pays

@@ -3,9 +3,10 @@
 `stand_in` gives, for a vocabulary op, a function of the same signature that launches its kernel through a
 `torch.library.triton_op`: Inductor and AOTInductor see into it and carry the kernel into generated code and packages.
 The configuration is the first that the template offers for the target. Under Triton's interpreter `attention`,
-`class_row`, `ragged_attention` and `select_tokens` run on CPU tensors. Local attention,
-neighborhoods, attention with decay or over a cache and depthwise blocks, which have gradients too, are launched by
-launch_local.py, launch_neighborhood.py, launch_decay.py, launch_cached.py and launch_depthwise.py.
+`class_row`, `ragged_attention` and `select_tokens` run on CPU tensors. Local attention, neighborhoods, attention with
+decay or over a cache and depthwise blocks are launched by launch_local.py, launch_neighborhood.py, launch_decay.py,
+launch_cached.py and launch_depthwise.py. Every launch has its gradients: local attention and depthwise blocks by
+kernels, the others by their op's rule (launch_gradient.py).
 """
 
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from compiled_attn.runtime import (
     launch_cached,
     launch_decay,
     launch_depthwise,
+    launch_gradient,
     launch_local,
     launch_local_backward,
     launch_neighborhood,
@@ -84,7 +86,8 @@ def _operators() -> dict[str, Any]:
         op: torch.library.triton_op(f"compiled_attn_triton::{op}", launch, mutates_args=())
         for op, launch in launches.items()
     }
-    launch_decay.differentiable(found["decay_attention"])
+    for op in _BY_THE_RULE:
+        launch_gradient.by_the_rule(op, found[op], launches[op])
     launch_depthwise.differentiable(
         *(found[f"depthwise_{name}"] for name in ("block", "input_gradient", "weight_gradient"))
     )
@@ -180,6 +183,11 @@ def _call_ragged(
     del longest
     return launch(q, k, v, q_offsets, k_offsets, scale, causal, target)
 
+
+_BY_THE_RULE = (
+    *("attention", "attention_with_class_row", "cached_attention", "decay_attention", "neighborhood_apply"),
+    *("ragged_attention", "select_tokens"),
+)  # the others have kernels for their gradients
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "attention": _call_attention,

@@ -6,13 +6,10 @@ from typing import Any
 import torch
 
 from compiled_attn.ir import targets
-from compiled_attn.ir.op import OPS, NoGradient
 from compiled_attn.ops.decay import along_of
 from compiled_attn.ops.templates import triton_decay_attention
 from compiled_attn.ops.templates.triton_config import Config, block_of
 from compiled_attn.runtime.triton_run import interpreted, run
-
-OPTIONS = ("scale", "along", "softmax", "causal")
 
 
 def operator(
@@ -47,23 +44,6 @@ def call(
 ) -> Any:
     """The vocabulary op's signature on `operator`."""
     return launch(q, k, v, decay, scale, along_of(q, along), softmax, causal, target)
-
-
-def differentiable(attention: Any) -> None:
-    """Gives `operator`, as torch.library has made it, the op's own gradient."""
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        del output
-        ctx.save_for_backward(*inputs[:4])
-        ctx.options = dict(zip(OPTIONS, inputs[4:], strict=False))
-
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        rule = OPS["decay_attention"].gradient
-        if isinstance(rule, NoGradient):
-            raise ValueError(rule.because)
-        return (*rule(ctx.saved_tensors, ctx.options, (grad,)), *[None] * (len(OPTIONS) + 1))
-
-    attention.register_autograd(backward, setup_context=setup)
 
 
 def decay_attention(

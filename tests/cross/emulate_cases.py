@@ -1,5 +1,7 @@
 """What is emulated: every op and every paper (a new one is a case by itself), three stock models and two passes.
 
+A step of training too, forward and backward: of every op that has a gradient and a Triton template, and of a module.
+
 `of(name)` gives a case's model and inputs. `Case.batched` says which first dimensions are the batch.
 """
 
@@ -19,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from compiled_attn import passes, zoo
 from compiled_attn.ir.errors import CompiledAttnError
-from compiled_attn.ir.op import OPS, Op
+from compiled_attn.ir.op import OPS, NoGradient, Op
+from compiled_attn.ops.templates.registry import TEMPLATES
+from compiled_attn.zoo.volo import OutlookAttention
 
 # timm name -> a tiny configuration, side of the pictures
 STOCK: dict[str, tuple[dict[str, Any], int]] = {
@@ -36,7 +40,9 @@ GAP = "emulated "  # how a case's entry in gaps.GAPS begins; a call of an op tha
 APART = [
     f"op {op}: {i.name}" for op in OPS for i in INPUTS[op] if any(k.startswith(f"{GAP}op {op}: {i.name}") for k in GAPS)
 ]
-KINDS = (("op", OPS), ("paper", zoo.PAPERS), ("timm", STOCK), ("pass", PASSES))
+SERVED = {t.op for t in TEMPLATES if t.device == "cuda" and not t.op.endswith("_gradient")}
+TRAINED = ["outlook attention", *(op for op in OPS if op in SERVED and not isinstance(OPS[op].gradient, NoGradient))]
+KINDS = (("op", OPS), ("paper", zoo.PAPERS), ("timm", STOCK), ("pass", PASSES), ("train", TRAINED))
 NAMES = [*(f"{kind} {name}" for kind, names in KINDS for name in names), *APART]
 
 
@@ -44,13 +50,15 @@ NAMES = [*(f"{kind} {name}" for kind, names in KINDS for name in names), *APART]
 class Case:
     """A model and its inputs. batched: for each tensor, in flat order, whether its first dimension is the batch.
 
-    named: passes that change the numbers; what is wanted then is the rewritten program's, op by op.
+    named: passes that change the numbers; what is wanted then is the rewritten program's, op by op.  trained: behind
+    the outputs come the gradients of half their sum of squares by every floating-point parameter, buffer and input.
     """
 
     model: nn.Module
     args: tuple[Any, ...]
     batched: tuple[bool, ...]
     named: tuple[Any, ...] = ()
+    trained: bool = False
 
     def dynamic_shapes(self) -> Any:
         """As torch.export takes it: first dimensions that grow are symbols, equal ones the same."""
@@ -63,9 +71,9 @@ class Case:
 
 
 def of(name: str) -> Case:
-    """The case of that name: `op <op>`, `op <op>: <one of its inputs>`, `paper ...`, `timm <model>` or `pass ...`."""
+    """The case of that name: `op <op>`, `op <op>: <one of its inputs>`, `paper`, `timm`, `pass` or `train <name>`."""
     kind, rest = name.split(" ", 1)
-    return {"op": _op, "paper": _paper, "timm": _stock, "pass": _pass}[kind](rest)
+    return {"op": _op, "paper": _paper, "timm": _stock, "pass": _pass, "train": _train}[kind](rest)
 
 
 class Calls(nn.Module):
@@ -157,3 +165,11 @@ def _stock(name: str) -> Case:
 
 def _pass(name: str) -> Case:
     return replace(_stock(next(iter(STOCK))), named=(PASSES[name],))
+
+
+def _train(name: str) -> Case:
+    """The op's first inputs in training, or a module."""
+    if name in OPS:
+        return replace(_op(f"{name}: {INPUTS[name][0].name}"), trained=True)
+    torch.manual_seed(0)
+    return Case(OutlookAttention(8, 2), (torch.randn(2, 5, 6, 8),), (True,), trained=True)

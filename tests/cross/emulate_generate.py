@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,16 +24,19 @@ from unittest import mock
 import emulate_cases
 import torch
 from sympy import sympify
-from torch import fx
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from compiled_attn.ir import _torch, _torch_cross
+from compiled_attn.ir import _torch, _torch_cross, _torch_mends
 from compiled_attn.ir.program import Program
 from compiled_attn.ir.targets import Target, load
 from compiled_attn.ops.templates.registry import TEMPLATES
 from compiled_attn.runtime import cross_toolchain
 from compiled_attn.runtime.build import Settings, prepare
+from compiled_attn.runtime.capture import capture
 from compiled_attn.runtime.cross_attention import fuse_attention
+from compiled_attn.runtime.flat import flat_module, tensor_arguments, tensors_of
 from compiled_attn.runtime.lower import inductor_config, lower
 
 
@@ -45,6 +49,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     _give_guard()
+    _torch_mends.mend()
     for place in map(Path, places):
         began = time.process_time()
         try:
@@ -61,10 +66,14 @@ def main() -> None:
 def generate(case: emulate_cases.Case, target: Target, dynamic: bool, precision: str, code: Path) -> dict[str, Any]:
     """Writes the wrapper to `code`; returns what call.pt holds."""
     shapes = case.dynamic_shapes() if dynamic else None
-    settings = Settings.of(target, dynamic_shapes=shapes, precision=precision, passes=case.named)
+    mode = "train" if case.trained else "inference"
+    settings = Settings.of(target, dynamic_shapes=shapes, precision=precision, passes=case.named, mode=mode)
     build = prepare(case.model, case.args, None, settings)
-    # as runtime/package.py does for a target that is not here
-    program = fuse_attention(lower(build.program, target, build.notes), target, build.notes)
+    program = lower(build.program, target, build.notes)
+    if case.trained:
+        case, program = step(case, program)
+    else:  # as runtime/package.py does for a target that is not here
+        program = fuse_attention(program, target, build.notes)
     text, promised = wrapper(program, target)
     code.write_text(text)
     weights, user = program.tensors(), {n.name for n in program.inputs}
@@ -81,6 +90,39 @@ def generate(case: emulate_cases.Case, target: Target, dynamic: bool, precision:
         "templates": sorted({note.what for note in build.notes.done} & cuda),
         "misses": [f"{miss.where}: {miss.because}" for miss in build.notes.misses],
     }
+
+
+class Step(nn.Module):
+    """A function of flat tensors, and the gradients of half of its outputs' sum of squares."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors]
+            outputs = [o for o in pytree.tree_leaves(self.function(*leaves)) if o.is_floating_point()]
+            loss = torch.stack([o.float().square().sum() / 2 for o in outputs]).sum()
+            by = [leaf for leaf in leaves if leaf.requires_grad]
+            return [*outputs, *torch.autograd.grad(loss, by, allow_unused=True, materialize_grads=True)]
+
+
+def step(case: emulate_cases.Case, lowered: Program) -> tuple[emulate_cases.Case, Program]:
+    """The case as a step of training on flat tensors, and its program: the lowered one's forward and backward."""
+    names, state = tensor_arguments(lowered), tensors_of(case.model)
+    leaves, spec = pytree.tree_flatten(case.args)
+    tensors = tuple(t.detach() for t in (*(state[name] for name in names), *leaves))
+
+    def eager(*flat: torch.Tensor) -> Any:
+        args = pytree.tree_unflatten(list(flat[len(names) :]), spec)
+        return torch.func.functional_call(case.model, dict(zip(names, flat, strict=False)), args)
+
+    mode = FakeTensorMode()
+    fakes = tuple(mode.from_tensor(t) for t in tensors)
+    graph = _torch.trace(Step(flat_module(lowered)), fakes, mode, pre_dispatch=False)
+    trained = emulate_cases.Case(Step(eager), tensors, (False,) * len(tensors))
+    return trained, capture(graph, tensors)
 
 
 def wrapper(program: Program, target: Target) -> tuple[str, list[Any]]:

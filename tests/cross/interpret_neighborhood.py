@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from local_strategies import LocalSpec
 from neighborhood_strategies import CASES, NeighborhoodSpec, neighborhood_specs
 
+from compiled_attn.ir import targets
 from compiled_attn.ops import neighborhood_apply
 from compiled_attn.ops.templates import triton_neighborhood as template
 from compiled_attn.ops.templates.triton_config import Config
-from compiled_attn.runtime import launch_neighborhood
+from compiled_attn.runtime import launch, launch_neighborhood
 
 torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
 # times the largest result; the 16-bit types round the result once
@@ -51,3 +52,18 @@ def test_every_fixed_pattern(name, dtype):
 def test_wide_values_are_cut_and_no_picture_gives_no_row():
     agree(NeighborhoodSpec(LocalSpec(value_width=100), 2), torch.float32)
     agree(NeighborhoodSpec(LocalSpec(batch=0)), torch.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_launch_has_the_gradient_of_the_equation(name):
+    spec = CASES[name]
+    mix = launch.stand_in("neighborhood_apply", targets.load("a100"))
+    leaves = [x.detach().requires_grad_() for x in spec.make(torch.float32)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    out, wanted = mix(*leaves, **spec.options), neighborhood_apply.reference(*wide, **spec.options)
+    toward = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    torch.use_deterministic_algorithms(False)  # for the sums into v's gradient
+    found = torch.autograd.grad(out, leaves, toward)
+    torch.use_deterministic_algorithms(True)
+    for have, want in zip(found, torch.autograd.grad(wanted, wide, toward.double()), strict=True):
+        torch.testing.assert_close(have.double(), want, rtol=0, atol=1e-5)

@@ -24,12 +24,16 @@ pytest.importorskip("triton")
 DYNAMIC, STATIC = ("a100", "dynamic"), ("h100", "static")
 PAIRS = (DYNAMIC, STATIC, ("a100", "static"), ("h100", "dynamic"))
 GAP = emulate_cases.GAP
+TRAIN = "train "  # of a batch of fixed size, on one target
+TRAINED = ("train outlook attention", "train local_attention", "train attention_with_class_row")  # the others are deep
 HEAVY = ("paper spartan", "paper volo", "paper vsa")  # a minute or more each
 SLOW = ("op local_attention", "op neighborhood_apply")  # one to three minutes of the interpreter each
 
 
 def ordinary(name: str, pair: tuple[str, str]) -> bool:
-    """Ops are asked on both targets, slow ones and half of the models on one; the rest is deep."""
+    """Ops are asked on both targets, slow ones and half of the models on one, a part of training; the rest is deep."""
+    if name.startswith(TRAIN):
+        return name in TRAINED
     if name.startswith("op "):
         return pair == DYNAMIC or (pair == STATIC and not name.startswith(SLOW))
     return name not in HEAVY and pair == {0: DYNAMIC, 1: STATIC}.get(zlib.crc32(name.encode()) % 4)
@@ -39,6 +43,8 @@ def cases() -> list[object]:
     found = []
     for pair in PAIRS:
         for name in emulate_cases.NAMES:
+            if name.startswith(TRAIN) and pair != STATIC:
+                continue
             keys = [key for key in (f"{GAP}{name}", f"{GAP}{name} {pair[1]}") if key in GAPS]
             marks = [gap(key) for key in keys] + ([] if ordinary(name, pair) else [pytest.mark.deep])
             found.append(pytest.param(name, pair, marks=marks, id=f"{name}-{'-'.join(pair)}"))

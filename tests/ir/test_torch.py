@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from compiled_attn.ir import _torch, _torch_mends
 
@@ -109,6 +110,20 @@ def test_a_marked_dimension_is_left_symbolic_by_dynamo():
     _torch.mark_dynamic(x, frozenset({0}))
     torch.compile(lambda x: x * 2, backend=catch)(x)
     assert [type(n) for n in seen[0]] == [torch.SymInt, int]
+
+
+def test_the_gradient_of_a_pooling_window_that_hangs_over_the_end_is_divided_by_its_places_inside():
+    """Without the mend both differ from the gradient of the pooling."""
+    x, options = torch.randn(1, 2, 6, 8), (([3, 3], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1]))
+
+    def gradients(x, *grads):
+        pools = zip(grads, options, strict=True)
+        return [torch.ops.aten.avg_pool2d_backward(g, x, *o, True, True, None) for g, o in pools]
+
+    _torch_mends.divide_by_places_inside()
+    grads = [torch.randn_like(F.avg_pool2d(x, *o, True)) for o in options]
+    for found, wanted in zip(torch.compile(gradients)(x, *grads), gradients(x, *grads), strict=True):
+        assert (found - wanted).abs().max() < 1e-6
 
 
 def test_inductor_keeps_axes_of_attention():
