@@ -417,15 +417,20 @@ def check_pattern(op: str, rank: int, pattern: tuple[Any, ...]) -> None:
     for i, axis in enumerate(axes_of(rank, *pattern)):
         because = _unfit(axis)
         if because:
-            raise OpError(f"{op}: spatial axis {i} has no such pattern", facts=because, do="change one of the two")
+            raise OpError(f"{op}: spatial axis {i} has no such pattern", facts=because, do="change one of them")
     if sinks and rank > 1:
         raise OpError(f"{op}: sinks are keys of a sequence", facts=f"q has {rank} spatial axes", do="leave sinks out")
 
 
 def _unfit(axis: Axis) -> str | None:
     """The two facts of a pattern that clash."""
-    if min(axis.window, axis.stride, axis.block, axis.dilation) < 1 or axis.sinks < 0:
-        return f"window {axis.window}, stride {axis.stride}, block {axis.block}, dilation {axis.dilation} count from 1"
+    for name, value in (("window", axis.window), ("stride", axis.stride), ("block", axis.block)):
+        if value < 1:
+            return f"{name} {value} is none, it counts from 1"
+    if axis.dilation < 1:
+        return f"dilation {axis.dilation} is none, neighbors lie 1 apart or more"
+    if axis.sinks < 0:
+        return f"sinks {axis.sinks} are fewer than none"
     if axis.window < axis.stride:
         return f"window {axis.window} is shorter than stride {axis.stride}"
     if axis.stride % axis.block:

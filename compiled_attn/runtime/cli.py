@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from compiled_attn.runtime.build import Settings
 
 NAMED, FAULT = 1, 3
+COUNT = click.IntRange(min=1)
+DRAWN_MOST = 512  # places along an axis that are drawn
 
 
 class Group(click.Group):
@@ -124,6 +126,9 @@ def _show_pattern(size: list[int], query: list[int] | None, causal: bool, option
 
     if options["window"] is None:
         raise click.UsageError("local_attention is drawn for a --window, e.g. --window 7")
+    for given in (size, *(v for v in options.values() if isinstance(v, list))):
+        if max(given) > DRAWN_MOST:
+            raise click.UsageError(f"{max(given)} is too many to draw; sizes and windows go up to {DRAWN_MOST}")
     rank = len(size)
     each = {k: v * rank if isinstance(v, list) and len(v) == 1 else v for k, v in options.items()}
     click.echo(pattern_picture(size, query, causal=[causal] * rank, **each))
@@ -152,7 +157,7 @@ def _show_paper(name: str) -> None:
 @main.command()
 @click.argument("name")
 @click.option("--image", required=True, type=click.Path(path_type=Path), help="A picture file.")
-@click.option("--top", default=5, show_default=True, help="How many classes to print.")
+@click.option("--top", type=COUNT, default=5, show_default=True, help="How many classes to print.")
 @click.option("--random-weights", is_flag=True, help="Run with no trained weights (the answer means nothing).")
 @model_options
 def run(name: str, image: Path, top: int, random_weights: bool, **options: Any) -> None:
@@ -162,6 +167,7 @@ def run(name: str, image: Path, top: int, random_weights: bool, **options: Any) 
     from compiled_attn.runtime.pictures import read_picture
     from compiled_attn.runtime.progress import Stages
 
+    want_pictures(name)
     model, config = model_of(name, options["checkpoint"], trained=not random_weights)
     picture = read_picture(image, config.img_size, config.in_chans)
     with Stages(1) as stage:
@@ -177,7 +183,7 @@ def run(name: str, image: Path, top: int, random_weights: bool, **options: Any) 
 @main.command()
 @click.argument("name")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file: .pt2, .onnx, .zip.")
-@click.option("--batch", default=1, show_default=True, help="Batch size, or an example of it with --dynamic-batch.")
+@click.option("--batch", type=COUNT, default=1, show_default=True, help="Pictures; an example with --dynamic-batch.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
 @model_options
 def export(name: str, output: Path, batch: int, dynamic_batch: bool, **options: Any) -> None:
@@ -185,12 +191,14 @@ def export(name: str, output: Path, batch: int, dynamic_batch: bool, **options: 
     from compiled_attn.runtime import cross
     from compiled_attn.runtime.build import prepare
     from compiled_attn.runtime.export import export_build
+    from compiled_attn.runtime.files import require_writable
     from compiled_attn.runtime.onnx import export_onnx
     from compiled_attn.runtime.progress import Stages
 
-    model, config = model_of(name, options["checkpoint"], trained=False)
-    args = (example(config, batch),)
-    shapes = {"x": {0: "batch"}} if dynamic_batch else None
+    require_writable(output)
+    model, _ = model_of(name, options["checkpoint"], trained=False)
+    args = example(name, batch)
+    shapes = tuple({0: "batch"} for _ in args) if dynamic_batch else None
     if output.suffix == ".onnx":
         with Stages(1) as stage:
             stage("ONNX")
@@ -245,7 +253,7 @@ def inspect(artifact: Path) -> None:
 @main.command()
 @click.argument("name")
 @click.option("--native", is_flag=True, help="Compile it too, to see which templates serve.")
-@click.option("--batch", default=1, show_default=True, help="Batch size.")
+@click.option("--batch", type=COUNT, default=1, show_default=True, help="Batch size.")
 @model_options
 def explain(name: str, native: bool, batch: int, **options: Any) -> None:
     """Say what each pass does to a model, what it does not do and because of what; any target, at hand or not."""
@@ -256,11 +264,11 @@ def explain(name: str, native: bool, batch: int, **options: Any) -> None:
     from compiled_attn.runtime.foresight import explanation
     from compiled_attn.runtime.progress import Stages
 
-    model, config = model_of(name, options["checkpoint"], trained=False)
+    model, _ = model_of(name, options["checkpoint"], trained=False)
     settings = settings_of(options)
     with Stages(2 if native else 1) as stage:
         stage("capture and passes")
-        build = prepare(model, (example(config, batch),), None, settings)
+        build = prepare(model, example(name, batch), None, settings)
         if native:
             stage("native code")
             targets.require_here(settings.target)
@@ -271,8 +279,8 @@ def explain(name: str, native: bool, batch: int, **options: Any) -> None:
 
 @main.command()
 @click.argument("name")
-@click.option("--batch", default=1, show_default=True, help="Batch size.")
-@click.option("--threads", type=click.IntRange(min=1), help="torch's threads; all by default.")
+@click.option("--batch", type=COUNT, default=1, show_default=True, help="Batch size.")
+@click.option("--threads", type=COUNT, help="torch's threads; all by default.")
 @click.option("--torch-compile", is_flag=True, help="Also time torch.compile as it comes.")
 @model_options
 def bench(name: str, batch: int, threads: int | None, torch_compile: bool, **options: Any) -> None:
@@ -285,20 +293,21 @@ def bench(name: str, batch: int, threads: int | None, torch_compile: bool, **opt
 
     if threads is not None:
         torch.set_num_threads(threads)
-    model, config = model_of(name, options["checkpoint"], trained=False)
-    x = example(config, batch)
+    model, _ = model_of(name, options["checkpoint"], trained=False)
+    args = example(name, batch)
     calls: dict[str, Any] = {"eager": model}
     with Stages(2 + torch_compile) as stage, torch.no_grad():
         stage("compiling")
-        calls["compiled_attn"] = _compiled(model, (x,), options)
+        calls["compiled_attn"] = _compiled(model, args, options)
         if torch_compile:
             stage("torch.compile")
             calls["torch.compile"] = torch.compile(model)
-            calls["torch.compile"](x)
+            calls["torch.compile"](*args)
         same = not options["keep_rate"] and not options["passes"]
-        error = _agree(calls["compiled_attn"](x), model(x), 5e-2 if options["precision"] else 1e-3) if same else None
+        tolerance = 5e-2 if options["precision"] else 1e-3
+        error = _agree(calls["compiled_attn"](*args), model(*args), tolerance) if same else None
         stage("timing")
-        seconds = time_in_turn({k: partial(f, x) for k, f in calls.items()}, round_seconds=0.2)
+        seconds = time_in_turn({k: partial(f, *args) for k, f in calls.items()}, round_seconds=0.2)
     first = seconds["eager"]
     rows = [("", "ms", "to eager")]
     rows += [(k, f"{1e3 * s:.2f}", f"{first / s:.2f}x") for k, s in seconds.items()]
@@ -365,16 +374,38 @@ def model_of(name: str, checkpoint: Path | None, *, trained: bool) -> tuple[nn.M
     return model, record.variants[variant]
 
 
-def example(config: Any, batch: int) -> Any:
-    """Random pictures of the size that a Config takes, from a fixed seed."""
+def example(name: str, batch: int) -> tuple[Any, ...]:
+    """Random inputs that the model of a NAME takes, pictures or others, from a fixed seed."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, config.in_chans, config.img_size, config.img_size, generator=generator)
+    from compiled_attn.zoo import PAPERS
+
+    paper, variant = resolve(name)
+    record = PAPERS[paper]
+    return record.inputs(record.variants[variant], batch, torch.Generator().manual_seed(0))
+
+
+def want_pictures(name: str) -> None:
+    """Raises CompiledAttnError where the model of a NAME takes something else than pictures."""
+    from compiled_attn.ir.errors import CompiledAttnError
+    from compiled_attn.zoo import PAPERS
+    from compiled_attn.zoo.paper import pictures
+
+    paper, variant = resolve(name)
+    if PAPERS[paper].inputs is not pictures:
+        others = ", ".join(p for p, record in PAPERS.items() if record.inputs is pictures)
+        raise CompiledAttnError(
+            f"{variant} takes no pictures",
+            where=f"NAME {name}",
+            facts=f"pictures are what {others} take",
+            do="choose one of these, or call the model from Python: compiled_attn.zoo.create",
+        )
 
 
 def passes_of(options: dict[str, Any]) -> tuple[Pass, ...]:
     """The passes that the options name."""
+    import dataclasses
+
     from compiled_attn import passes
     from compiled_attn.ir.errors import PassError
 
@@ -387,15 +418,17 @@ def passes_of(options: dict[str, Any]) -> tuple[Pass, ...]:
             )
         blocks = tuple(int(part) for part in at.split(","))
         found.append(passes.ReorganizeTokens(keep_rate=options["keep_rate"], at=blocks, fuse=not options["no_fuse"]))
+    classes = {n: getattr(passes, n) for n in passes.__all__}
+    known = {n: c for n, c in classes.items() if dataclasses.is_dataclass(c) and hasattr(c, "run")}
     for name in options["passes"]:
-        if name not in passes.__all__ or not hasattr(getattr(passes, name), "run"):
+        if name not in known:
             raise PassError(
                 f"no pass is named {name!r}",
                 where=f"--passes {name}",
-                facts=f"there are {', '.join(n for n in passes.__all__ if hasattr(getattr(passes, n), 'run'))}",
+                facts=f"there are {', '.join(known)}",
                 do="choose one of these",
             )
-        found.append(getattr(passes, name)())
+        found.append(known[name]())
     return tuple(found)
 
 
@@ -421,10 +454,13 @@ def _compiled(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) 
 
 
 def _agree(found: Any, expected: Any, tolerance: float) -> float:
-    """Largest difference, relative to the largest expected value. Raises LowerError above the tolerance."""
+    """Largest difference of outputs, relative to the largest expected value. Raises LowerError above the tolerance."""
+    from torch.utils import _pytree as pytree
+
     from compiled_attn.ir.errors import LowerError
 
-    error = ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
+    error = max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
     if not error <= tolerance:
         raise LowerError(
             "the compiled model computes something else than eager mode",

@@ -22,6 +22,7 @@ from compiled_attn.runtime.bundle import Bundle, write_bundle
 from compiled_attn.runtime.contract import CROSS, Call
 from compiled_attn.runtime.cross_attention import fuse_attention
 from compiled_attn.runtime.decoder_file import Decoder, export_decoder
+from compiled_attn.runtime.files import require_writable
 from compiled_attn.runtime.host import needs_of
 from compiled_attn.runtime.lower import lower
 from compiled_attn.runtime.onnx import OnnxFile, export_onnx
@@ -57,6 +58,7 @@ def export(
     Tensors that the model writes into must be its inputs (state); a buffer that it writes into is an error.
     Raises CaptureError, PassError, TargetError, LowerError or ContractError, each in four parts.
     """
+    require_writable(path)
     if isinstance(model, Decoder):
         if args or kwargs or dynamic_shapes is not None or precision or passes or not isinstance(target, (str, Target)):
             raise PassError(

@@ -28,6 +28,8 @@ def pattern_picture(sizes: Sequence[int], query: Sequence[int] | None = None, **
         raise OpError(
             f"{OP}: a picture has one or two axes", facts=f"sizes are {list(sizes)}", do="give one or two sizes"
         )
+    if min(sizes) < 1:
+        raise OpError(f"{OP}: there is no such map", facts=f"sizes are {list(sizes)}", do="give sizes from 1")
     names = ("window", "stride", "dilation", "shift", "block", "border", "causal", "sinks")
     given = {"border": "clamp", "sinks": 0, **options}
     check_pattern(OP, rank, tuple(given.get(name) for name in names))

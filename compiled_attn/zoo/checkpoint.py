@@ -2,6 +2,8 @@
 
 import argparse
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -9,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -64,6 +65,8 @@ def load_checkpoint(
     the model as it was; otherwise what fits is loaded and the report lists the rest.
     """
     where = "load_checkpoint(mapping)" if isinstance(source, Mapping) else f"load_checkpoint({str(source)!r})"
+    if not isinstance(source, (Mapping, str, PathLike)):
+        raise _no_weights(where, f"it is a {type(source).__name__}; a path, or a mapping from key to tensor is needed")
     given = _weights(source if isinstance(source, Mapping) else _read(Path(source), where), where)
     own = model.state_dict()
     given = _without_prefix(given, own)
@@ -87,6 +90,8 @@ def load_checkpoint(
     )
     if strict and not report.complete:
         raise _unfit(report, where)
+    for key, value in fitting.items():
+        _want_copyable(key, value, own[key], where)
     model.load_state_dict(fitting, strict=False)
     return report
 
@@ -95,18 +100,63 @@ def _read(path: Path, where: str) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # trainers store their options beside; it is data
-            read = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        damaged = _damaged(path)
+        if damaged is None:
+            # trainers store their options beside; it is data
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                read = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle ends in almost any of Python's own errors
         raise CheckpointError(
             "the checkpoint cannot be read",
             where=where,
-            facts=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'}",
+            facts=_first_fact(error),
             do="give a .safetensors file or a torch file that holds tensors and plain containers only",
         ) from error
+    if damaged is not None:
+        raise CheckpointError(
+            "the checkpoint is damaged",
+            where=where,
+            facts=f"the bytes of its member {damaged} do not give the checksum that stands beside them",
+            do="fetch the file again",
+        )
     if not isinstance(read, Mapping):
         raise _no_weights(where, f"the file holds a {type(read).__name__}, a mapping from key to tensor is needed")
     return read
+
+
+def _damaged(path: Path) -> str | None:
+    """The first member of a zip archive that is not what was written; torch's reader asks for no checksum."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+def _first_fact(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it would call {asked.group(1)}, which is no tensor" if asked else "it is no file that torch.save wrote"
+        return f"{type(error).__name__}: {what}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'empty'}"
+
+
+def _want_copyable(key: str, value: Tensor, own: Tensor, where: str) -> None:
+    """Raises CheckpointError where copying would lose what the checkpoint says, or copies nothing."""
+    kinds = [x.dtype for x in (value, own)]
+    because = None
+    if value.is_meta:
+        because = "it holds no numbers, only a shape (device meta)"
+    elif value.layout is not torch.strided:
+        because = f"its layout is {value.layout}, the model's weights are dense"
+    elif own.is_floating_point() and not value.is_floating_point():
+        because = f"it is {kinds[0]}, the model's weight is {kinds[1]}"
+    if because is not None:
+        raise CheckpointError(
+            f"the checkpoint's {key} can not be copied",
+            where=where,
+            facts=because,
+            do="turn it into a dense floating-point tensor first, as whoever wrote the file defines",
+        )
 
 
 def _weights(read: Mapping[str, Any], where: str) -> dict[str, Tensor]:

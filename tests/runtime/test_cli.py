@@ -8,6 +8,7 @@ from click.testing import CliRunner, Result
 
 from compiled_attn.runtime import cli, doctor
 from compiled_attn.zoo import PAPERS
+from compiled_attn.zoo.paper import pictures
 
 COMMANDS = ("list", "show", "run", "export", "inspect", "bench", "explain", "doctor")
 
@@ -180,3 +181,50 @@ def test_bench_times_only_right_numbers():
     assert re.search(r"^eager +[\d.]+ +1\.00x", result.output, re.M)
     assert re.search(r"^compiled_attn +[\d.]+ ", result.output, re.M)
     assert "differ by" in result.output
+
+
+@pytest.mark.parametrize("name", [name for name, paper in PAPERS.items() if paper.inputs is not pictures])
+@pytest.mark.usefixtures("tiny")
+def test_models_of_other_inputs_than_pictures_are_explained_and_run_takes_none_of_them(name, picture):
+    result = call("explain", f"{name}/tiny", "--batch", 2)
+    assert result.exit_code == 0, result.stderr
+    assert "input" in result.output
+    refused = call("run", f"{name}/tiny", "--image", picture, "--random-weights")
+    assert refused.exit_code == 1
+    assert "tiny takes no pictures" in refused.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--batch", 0), ("--batch", -2)])
+def test_counts_begin_at_one(arguments):
+    assert call("explain", "deit", *arguments).exit_code == 2
+
+
+def test_only_passes_are_named_as_passes():
+    result = call("explain", "deit/digits_tiny", "-p", "Pass")
+    assert result.exit_code == 1
+    assert "there are Canonicalize, " in result.stderr
+    assert "Pass," not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "arguments"),
+    [
+        (1, "there is no such map", ("--size", "0,4")),
+        (1, "there is no such map", ("--size", "-3")),
+        (2, "too many to draw", ("--size", "9000,9")),
+        (2, "too many to draw", ("--size", "9", "--dilation", "99999999999999999999")),
+        (1, "sinks -2 are fewer than none", ("--size", "9", "--sinks", "-2")),
+    ],
+)
+def test_patterns_that_can_not_be_drawn_say_why(code, said, arguments):
+    result = call("show", "local_attention", "--window", 3, *arguments)
+    assert result.exit_code == code
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("name", ["absent/tiny.pt2", "absent/tiny.onnx", ""])
+def test_a_path_that_can_not_be_written_is_refused_before_any_work(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "model_of", None)
+    result = call("export", "deit", "-o", tmp_path / name)
+    assert result.exit_code == 1
+    assert "the artifact can not be written" in result.stderr

@@ -1,12 +1,15 @@
 """Checkpoints: the containers that trainers write, what does not fit, and that a model is never half changed."""
 
 import argparse
+import contextlib
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from compiled_attn import zoo
 from compiled_attn.ir.errors import CheckpointError, CompiledAttnError
@@ -59,6 +62,34 @@ def test_a_broken_or_absent_file_is_a_named_error(tmp_path: Path, name: str) -> 
         (tmp_path / name).write_bytes(b"\x80\x02not weights")
     with pytest.raises(CheckpointError, match="cannot be read"):
         zoo.load_checkpoint(net(), tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_damaged_torch_file_is_a_named_error_or_not_damaged_where_it_counts(tmp_path: Path, zipped: bool) -> None:
+    model, path = net(), tmp_path / "weights.pth"
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.save(before, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    pick = random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(whole[: pick.choice([0, 1, 5, len(whole) // 2, len(whole), len(whole), len(whole)])])
+        for _ in range(3 if damaged else 0):
+            damaged[pick.randrange(min(len(damaged), 4000))] ^= 1 << pick.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            zoo.load_checkpoint(model, path)
+        if zipped:  # its members carry checksums
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "turned", [lambda w: w.to(torch.complex64), lambda w: w.to(torch.int8), lambda w: w.to("meta"), Tensor.to_sparse]
+)
+def test_weights_that_can_not_be_copied_as_they_are_are_named(turned: Callable[[Tensor], Tensor]) -> None:
+    model = net()
+    state = {**model.state_dict(), "head.weight": turned(model.head.weight.detach())}
+    with pytest.raises(CheckpointError, match=r"checkpoint's head.weight can not be copied"):
+        zoo.load_checkpoint(model, state)
 
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"epoch": 3}}])
