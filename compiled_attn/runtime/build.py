@@ -23,7 +23,7 @@ from compiled_attn.passes import pipelines
 from compiled_attn.passes.base import Pass, PassRecord, run_passes
 from compiled_attn.passes.cast_boundary import CastBoundary
 from compiled_attn.runtime import measure, package_cache
-from compiled_attn.runtime.capture import capture
+from compiled_attn.runtime.capture import arguments, capture
 
 PRECISIONS = {None: None, "float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,8 +59,13 @@ class Settings:
             raise PassError(
                 f"unknown tune {options['tune']!r}", facts="it is heuristic or measure", do="choose one of them"
             )
+        passes = options.get("passes") or ()
+        if not isinstance(passes, (list, tuple)):
+            raise PassError(
+                "passes is a list", facts=f"given is a {type(passes).__name__}", do="give passes=[...], also for one"
+            )
         found = target if isinstance(target, Target) else targets.detect() if target == "auto" else targets.load(target)
-        return cls(found, **{**options, "passes": tuple(options.get("passes") or ())})
+        return cls(found, **{**options, "passes": tuple(passes)})
 
 
 @dataclass
@@ -87,7 +92,7 @@ class Build:
 def prepare(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, settings: Settings) -> Build:
     """Captures the model and runs the target's passes and the named ones. The model is not changed."""
     began = time.perf_counter()
-    args, kwargs = tuple(args), dict(kwargs or {})
+    args, kwargs = arguments(args), dict(kwargs or {})
     narrow = PRECISIONS[settings.precision]
     boundary: list[Pass] = []
     if narrow is not None:

@@ -52,8 +52,8 @@ def capture(
         )
     rewritten = getattr(model, "program_of", None)
     if rewritten is not None:  # an observed model, whose taps are outputs
-        return rewritten(args, kwargs, dynamic_shapes=dynamic_shapes, mode=mode)
-    args, kwargs = tuple(args), dict(kwargs or {})
+        return rewritten(arguments(args), kwargs, dynamic_shapes=dynamic_shapes, mode=mode)
+    args, kwargs = arguments(args), dict(kwargs or {})
     example = (args, kwargs)
     shapes = named_dimensions(dynamic_shapes)
     if shapes is not None:
@@ -70,6 +70,17 @@ def capture(
     program = Program.from_export(exported, mode=mode)
     verify(program)
     return program
+
+
+def arguments(args: Sequence[Any] | None) -> tuple[Any, ...]:
+    """Example inputs as a tuple. Raises CaptureError for a tensor alone, which would count as one for each picture."""
+    if isinstance(args, torch.Tensor):
+        raise CaptureError(
+            "example inputs are the model's arguments, one after the other",
+            facts=f"given is a single tensor of the shape {list(args.shape)}",
+            do="give a tuple: (x,)",
+        )
+    return tuple(args or ())
 
 
 def _export(model: nn.Module, example: tuple[Any, Any], shapes: Any, *, retries: int) -> torch.export.ExportedProgram:
@@ -125,6 +136,12 @@ def _away_from_one(example: tuple[Any, Any], shapes: Any, model: nn.Module) -> t
     import inspect
 
     args, kwargs = example
+    if not isinstance(shapes, (Mapping, list, tuple)):
+        raise CaptureError(
+            "dynamic_shapes says which argument's dimensions vary",
+            facts=f"given is a {type(shapes).__name__} alone",
+            do="give one entry for each argument, for example ({0: 'batch'},) or {'x': {0: 'batch'}}",
+        )
     parameters = inspect.signature(model.forward).parameters.values()
     if isinstance(shapes, Mapping):
         positional = []
@@ -146,6 +163,12 @@ def _doubled(value: Any, spec: Any) -> Any:
     if isinstance(value, torch.Tensor):
         dims = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
         for dim, declared in dims:
+            if not -value.dim() <= dim < value.dim():
+                raise CaptureError(
+                    f"dynamic_shapes names dimension {dim} of a tensor that has {value.dim()}",
+                    facts=f"its shape is {list(value.shape)}",
+                    do="number its dimensions from 0",
+                )
             if declared is not None and not isinstance(declared, int) and value.shape[dim] == 1:
                 value = torch.cat([value, value], dim)
         return value
@@ -161,6 +184,7 @@ def explain_failure(error: Exception, model: nn.Module) -> CaptureError:
     """torch.export's failure as a CaptureError: the user's line, what was met there, what to change."""
     text = str(error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    first = first.split(" For more information")[0]
     return CaptureError(
         f"{type(model).__name__} can not be captured: {first}",
         where=_user_line(error, text),
@@ -172,7 +196,7 @@ def explain_failure(error: Exception, model: nn.Module) -> CaptureError:
 def _user_line(error: Exception, text: str) -> str:
     import traceback
 
-    own = ("/torch/", "compiled_attn/", "<frozen", "contextlib")
+    own = ("/torch/", "compiled_attn/", "<frozen", "<string>", "contextlib", "/inspect.py")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(o in f.filename for o in own)]
     inside = [f for f in frames if f.name not in ("<module>",)]
     for frame in reversed(inside or frames):
@@ -185,8 +209,14 @@ def _user_line(error: Exception, text: str) -> str:
 
 
 def _second_fact(text: str) -> str:
-    constraint = re.search(r"(Constraints violated[^\n]*|Not all values[^\n]*|specialized[^\n]*)", text)
-    return f": {constraint.group(1).strip()}" if constraint else ""
+    """What torch.export says of a dimension that can not vary as declared, and which range it suggests."""
+    found = re.findall(r"^ *- (Not all values[^\n]*|You marked[^.\n]*)", text, re.M)
+    suggested = re.search(r"Suggested fixes:\n((?: +\S[^\n]*\n)+)", text)
+    if suggested:
+        found.append("suggested: " + ", ".join(line.strip() for line in suggested[1].splitlines()))
+    if not found:
+        found = re.findall(r"(Not all values[^\n]*|specialized[^\n]*)", text)[:1]
+    return "".join(f": {part}" if i == 0 else f"; {part}" for i, part in enumerate(found))
 
 
 def _advice(error: Exception, text: str) -> str:
@@ -195,7 +225,9 @@ def _advice(error: Exception, text: str) -> str:
         return "leave that dimension static, or give it the range that the message suggests (torch.export.Dim)"
     if "GuardOnDataDependent" in kind or "data-dependent" in text or "Could not guard" in text:
         return "a branch depends on tensor values; replace it by torch.where or torch.cond, or bound it (torch._check)"
-    if isinstance(error, TypeError) and "argument" in text:
+    if "`dynamic_shapes`" in text:
+        return "give dynamic_shapes one entry for each argument, in order or by the arguments' own names"
+    if "Unsupported input type" in text or (isinstance(error, TypeError) and "argument" in text):
         return "give example inputs that the model's forward accepts"
     if "shape" in text or "size" in text:
         return "give example inputs of a shape that the model accepts in eager mode"

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from compiled_attn.ir.targets import Target
 from compiled_attn.passes.base import Pass
 from compiled_attn.runtime.build import Build, Settings, build_package, prepare
 from compiled_attn.runtime.call import Caller
+from compiled_attn.runtime.capture import arguments
 from compiled_attn.runtime.describe import call_of
 
 LIMIT = 16  # captures of one compiled model; more mean that a dimension should be declared dynamic
@@ -58,7 +59,7 @@ def compile(
     """
     settings = Settings.of(
         target,
-        passes=tuple(passes),
+        passes=passes,
         dynamic_shapes=dynamic_shapes,
         precision=precision,
         mode=mode,
@@ -74,18 +75,22 @@ def compile(
         return compile_train(model, example_inputs, example_kwargs, settings)
     compiled = CompiledModel(model, settings)
     if example_inputs is not None or example_kwargs is not None:
-        compiled.entry_for(tuple(example_inputs or ()), dict(example_kwargs or {}))
+        compiled.entry_for(arguments(example_inputs), dict(example_kwargs or {}))
     return compiled
 
 
 @dataclass
 class Entry:
-    """One capture of the model, compiled. weights: what was folded into it: (tensor's name, version, address)."""
+    """One capture of the model, compiled. weights: what was folded into it: (tensor's name, version, address).
+
+    held: the modules and tensors on the way to them: (where a module holds them, under which key, what, its name).
+    """
 
     build: Build
     runner: Any
     weights: tuple[tuple[str, int, int], ...]
     tensors: tuple[torch.Tensor, ...]
+    held: tuple[tuple[Mapping[str, Any], str, Any, str], ...]
     caller: Caller
     reason: str
 
@@ -93,6 +98,9 @@ class Entry:
         """Name of a weight that changed since it was folded, or None."""
         for tensor, (name, version, address) in zip(self.tensors, self.weights, strict=True):
             if tensor._version != version or tensor.data_ptr() != address:
+                return name
+        for holder, key, value, name in self.held:
+            if holder.get(key) is not value:
                 return name
         return None
 
@@ -185,6 +193,7 @@ class CompiledModel:
             runner=runner,
             weights=tuple((name, t._version, t.data_ptr()) for name, t in used.items()),
             tensors=tuple(used.values()),
+            held=_held(self.model, used),
             caller=Caller(
                 call_of(build.program, dynamic_shapes=self.settings.dynamic_shapes), where, torch.device(kind)
             ),
@@ -201,6 +210,7 @@ class CompiledModel:
                 shape = tuple(None if d in dims else n for d, n in enumerate(leaf.shape))
                 parts.append((leaf.dtype, leaf.device, shape))
             else:
+                _want_hashable(leaf)
                 parts.append((type(leaf), leaf))
         return tuple(parts)
 
@@ -235,6 +245,18 @@ class CompiledModel:
         return self._dynamo
 
 
+def _want_hashable(leaf: Any) -> None:
+    """Raises CaptureError for what is neither a tensor nor a constant, such as an array of numpy."""
+    try:
+        hash(leaf)
+    except TypeError:
+        raise CaptureError(
+            f"an argument is a {type(leaf).__name__}",
+            facts="arguments are tensors, numbers, strings and None, and containers of these",
+            do="give tensors, for example torch.from_numpy(array)",
+        ) from None
+
+
 def _walk(value: Any, declared: Any, position: int, found: dict[int, frozenset[int]]) -> int:
     if isinstance(value, torch.Tensor):
         if declared is not None:
@@ -258,6 +280,21 @@ def _used(model: nn.Module, program: Program) -> dict[str, torch.Tensor]:
     names = {*program.state, *(n for made in program.origin.values() for n in made)}
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     return {n: tensors[n] for n in sorted(names) if n in tensors}
+
+
+def _held(model: nn.Module, names: Iterable[str]) -> tuple[tuple[Mapping[str, Any], str, Any, str], ...]:
+    """Every module and tensor on the paths to the named tensors, with what holds it."""
+    found: dict[str, tuple[Mapping[str, Any], str, Any, str]] = {}
+    for name in names:
+        *path, last = name.split(".")
+        module = model
+        for depth, key in enumerate(path):
+            place = ".".join(path[: depth + 1])
+            found[place] = (module._modules, key, module._modules[key], place)
+            module = module._modules[key]  # type: ignore[assignment]
+        holder: Mapping[str, Any] = module._parameters if last in module._parameters else module._buffers
+        found[name] = (holder, last, holder.get(last), name)
+    return tuple(found.values())
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

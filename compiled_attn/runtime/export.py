@@ -75,7 +75,7 @@ def export(
         return _export_all(target, path, partial(export, model, args, kwargs, **options, strict=strict, tune=tune))
     settings = Settings.of(
         target,
-        passes=tuple(passes),
+        passes=passes,
         dynamic_shapes=dynamic_shapes,
         precision=precision,
         strict=strict,

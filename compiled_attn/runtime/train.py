@@ -21,6 +21,7 @@ from compiled_attn.ir import _torch, targets
 from compiled_attn.ir.errors import CaptureError, PassError
 from compiled_attn.ir.program import Program
 from compiled_attn.runtime.build import Build, Settings, prepare
+from compiled_attn.runtime.capture import arguments
 from compiled_attn.runtime.flat import SHARED, flat_module, kind_of, tensor_arguments, tensors_of
 
 LIMIT = 16  # captures of one model; more mean that a dimension should be declared dynamic
@@ -48,7 +49,7 @@ def compile_train(
     targets.require_here(settings.target)
     trained = TrainedModel(model, settings)
     if example_inputs is not None or example_kwargs is not None:
-        trained.entry_for(tuple(example_inputs or ()), dict(example_kwargs or {}))
+        trained.entry_for(arguments(example_inputs), dict(example_kwargs or {}))
     return trained
 
 

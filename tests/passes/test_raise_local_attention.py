@@ -23,9 +23,17 @@ BATCH = {0: torch.export.Dim("batch", min=1, max=16)}
 class Windowed(nn.Module):
     """One block: windows of 4 x 4 or, with `grid`, tokens that lie apart; shifted where asked; a table as bias."""
 
-    def __init__(self, *, shift: int = 0, grid: bool = False, hidden: float = -100.0, bend: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        shift: int = 0,
+        grid: bool = False,
+        hidden: float = -100.0,
+        bend: float = 0.0,
+        counted: bool = False,
+    ) -> None:
         super().__init__()
-        self.shift, self.grid = shift, grid
+        self.shift, self.grid, self.counted = shift, grid, counted
         self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
         place = torch.cartesian_prod(torch.arange(4), torch.arange(4))
         distance = place[:, None] - place[None] + 3
@@ -48,7 +56,7 @@ class Windowed(nn.Module):
         else:
             y = y.view(batch, 2, 4, 3, 4, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 8)
         q, k, v = self.qkv(y).view(-1, 16, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = self.bias.unsqueeze(0)
+        bias = self.bias.unsqueeze(0) * batch if self.counted else self.bias.unsqueeze(0)
         if self.mask is not None:
             full = (bias.unsqueeze(0) + self.mask[None, :, None]).expand(batch, 6, 2, 16, 16)
             bias = full.reshape(-1, 2, 16, 16)
@@ -109,6 +117,7 @@ def test_windows_become_the_op_and_nothing_is_moved_any_more(options, pattern):
     [
         ({"bend": 0.1}, "its bias is no function of the distance between two tokens"),
         ({"shift": 2, "hidden": -1.0}, "its mask lets tokens of different windows see each other"),
+        ({"counted": True}, "mul, which is added to its scores, depends on the input and is no product of its queries"),
     ],
 )
 def test_a_copy_that_is_wrong_in_one_constant_stays_and_says_why(options, because):

@@ -50,6 +50,25 @@ def test_a_dimension_that_the_model_fixes_can_not_be_dynamic():
     with pytest.raises(CaptureError) as caught:
         capture(model, (torch.randn(2, 4),), dynamic_shapes={"input": {1: "features"}})
     assert caught.value.facts and "static" in caught.value.do
+    assert "suggested: features = 4" in caught.value.facts
+
+
+@pytest.mark.parametrize(
+    ("args", "shapes", "said"),
+    [
+        (torch.randn(2, 4), None, "give a tuple: (x,)"),
+        ((), None, "give example inputs that the model's forward accepts"),
+        ((torch.randn(2, 4).numpy(),), None, "give example inputs that the model's forward accepts"),
+        ((torch.randn(2, 4),), "batch", "give one entry for each argument"),
+        ((torch.randn(2, 4),), {"y": {0: "batch"}}, "by the arguments' own names"),
+        ((torch.randn(2, 4),), ({2: "batch"},), "number its dimensions from 0"),
+    ],
+)
+def test_arguments_and_shapes_that_fit_nothing_say_how_to_give_them(args, shapes, said):
+    with pytest.raises(CaptureError) as caught:
+        capture(nn.Linear(4, 4), args, dynamic_shapes=shapes)
+    assert said in caught.value.do
+    assert "inspect.py" not in caught.value.where
 
 
 def test_one_name_means_one_size():

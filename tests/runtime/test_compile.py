@@ -121,6 +121,31 @@ def test_stale_weights_are_folded_again():
     assert len(fast.programs) <= 2
 
 
+def test_what_can_be_no_argument_is_named_before_anything_is_compiled():
+    with pytest.raises(CaptureError, match="give a tuple"):
+        ca.compile(Small(), example_inputs=torch.randn(2, 8))
+    with pytest.raises(CaptureError, match="an argument is a ndarray"):
+        ca.compile(Small())(torch.randn(2, 8).numpy())
+    with pytest.raises(PassError, match="passes is a list"):
+        ca.compile(Small(), passes=ca.passes.RaiseAttention())
+
+
+@pytest.mark.parametrize("how", ["assigned", "parameter", "module"])
+def test_weights_that_others_took_the_place_of_are_folded_again(how):
+    model = Small().eval()
+    fast = ca.compile(model)
+    x = torch.randn(2, 8)
+    check(fast, model, x)
+    if how == "assigned":
+        model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}, assign=True)
+    elif how == "parameter":
+        model.linear.weight = nn.Parameter(model.linear.weight.detach() + 0.1)
+    else:
+        model.linear = nn.Linear(model.linear.in_features, model.linear.out_features)
+    check(fast, model, x)
+    assert len(fast.programs) == 1
+
+
 def test_another_shape_dtype_or_keyword_is_captured_again_up_to_a_limit(monkeypatch):
     import importlib
 

@@ -48,6 +48,15 @@ MOVES = {
 }
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
 VIEWS = {aten.view.default, aten._unsafe_view.default}
+# ops that take the number of pictures as a length or a place, and what they say of one picture is the same for all
+COUNTS = {
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+}
 BATCH = 2  # pictures that element numbers are followed for, where the batch is symbolic
 
 
@@ -189,7 +198,7 @@ class Numbering:
         elif node.op == "placeholder":
             name = self._names.get(node.name)
             self._values[node] = None if name is None else self._tensors.get(node.name)
-        elif _pure(node):
+        elif _pure(node) and not _computes_with_sizes(node):
             inputs = {n: self._constant(n) for n in node.all_input_nodes}
             if all(v is not None for v in inputs.values()):
                 self._values[node] = _call(node, inputs)
@@ -218,6 +227,13 @@ def _pure(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _computes_with_sizes(node: fx.Node) -> bool:
+    """Whether a symbol is one of the numbers that a value follows from, so that it is another at each batch."""
+    numbers = (*node.args, *node.kwargs.values())
+    symbolic = any(isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.SymInt) for n in numbers)
+    return symbolic and isinstance(node.meta.get("val"), torch.Tensor) and node.target not in COUNTS
 
 
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
