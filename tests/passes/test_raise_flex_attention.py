@@ -47,6 +47,11 @@ def triples(_b, _h, q, k):
     return (q * k) % 3 == 0
 
 
+def before(_b, _h, q, k):
+    """The first query sees nothing."""
+    return (q > k) & (q - k < 6)
+
+
 def by_head(_b, h, q, k):
     return (q >= k) & (q - k < 3 + h)
 
@@ -136,6 +141,7 @@ def test_a_call_over_all_or_all_earlier_keys_is_plain_attention(options, says):
     ("options", "because"),
     [
         ({"mask": triples}, "its mask over 24 queries and 24 keys follows no window, neighborhood or order"),
+        ({"mask": before}, "its mask over 24 queries and 24 keys follows no window, neighborhood or order"),
         ({"mask": by_head}, "its mask over 24 queries and 24 keys follows no window, neighborhood or order"),
         ({"mask": sliding, "score": capped}, "to the scores: neither a sum nor a mask"),
         ({"mask": sliding, "keep": True}, "its log-sum-exp is read"),

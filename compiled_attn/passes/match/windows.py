@@ -176,7 +176,10 @@ def _of_mask(visible: torch.Tensor, sizes: Sizes) -> Iterator[dict[str, Any]]:
         return
     for border in ("clamp", "mask"):
         yield {"window": window, "stride": [1] * len(sizes), "dilation": steps, "border": border}
-    corner = [x.unique()[-1] + 1 for x in places(visible[0].nonzero().flatten(), sizes)]
+    first = visible[0].nonzero().flatten()
+    if not len(first):
+        return
+    corner = [x.unique()[-1] + 1 for x in places(first, sizes)]
     shift = [int(c) % w for c, w in zip(corner, window, strict=True)]
     yield {"window": window, "stride": window, "shift": shift, "border": "mask"}
 
