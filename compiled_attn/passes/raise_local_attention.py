@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from compiled_attn import ops
+from compiled_attn.ir import _torch
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Edit, Program
 from compiled_attn.ops.local_geometry import axes_of
@@ -102,8 +103,14 @@ def match(program: Program, node: fx.Node) -> Found | str | None:
 
 
 def _unknown_sizes(call: Call) -> str | None:
-    sizes = [n for n in call.q.meta["val"].shape[2:]]
-    if call.mask is None or all(isinstance(n, int) for n in sizes):
+    groups, _, *sizes = call.q.meta["val"].shape
+    if all(isinstance(n, int) for n in sizes):
+        symbols = set() if isinstance(groups, int) else _torch.expression(groups).free_symbols
+        if len(symbols) < 2:
+            return None
+        named = ", ".join(sorted(str(s) for s in symbols))
+        return f"its groups are counted by the symbols {named}, where their tokens lie is found by numbers"
+    if call.mask is None:
         return None
     return f"its {sizes[0]} tokens are a symbol, what a mask over them hides is found by numbers"
 
