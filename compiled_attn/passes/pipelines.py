@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compiled_attn.passes.base import Pass
 from compiled_attn.passes.canonicalize import Canonicalize
 from compiled_attn.passes.drop_open_masks import DropOpenMasks
+from compiled_attn.passes.flatten_attention import FlattenAttention
 from compiled_attn.passes.fold_batch_norm import FoldBatchNorm
 from compiled_attn.passes.fold_constants import FoldConstants
 from compiled_attn.passes.fold_padding import FoldPadding
@@ -62,4 +63,4 @@ def default(
 def portable(named: Sequence[Pass] = ()) -> list[Pass]:
     """For programs that another runtime or the user reads (ONNX, taps): no kernel of ours is chosen."""
     cleaned: list[Pass] = [RaiseFlexAttention(), Canonicalize(), FoldBatchNorm(), FoldPadding(), FoldConstants()]
-    return [*cleaned, DropOpenMasks(), RaiseAttention(), *named, Canonicalize()]
+    return [*cleaned, DropOpenMasks(), FlattenAttention(), RaiseAttention(), *named, Canonicalize()]

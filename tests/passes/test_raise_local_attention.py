@@ -31,9 +31,10 @@ class Windowed(nn.Module):
         hidden: float = -100.0,
         bend: float = 0.0,
         counted: bool = False,
+        borrowed: bool = False,
     ) -> None:
         super().__init__()
-        self.shift, self.grid, self.counted = shift, grid, counted
+        self.shift, self.grid, self.counted, self.borrowed = shift, grid, counted, borrowed
         self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
         place = torch.cartesian_prod(torch.arange(4), torch.arange(4))
         distance = place[:, None] - place[None] + 3
@@ -56,6 +57,7 @@ class Windowed(nn.Module):
         else:
             y = y.view(batch, 2, 4, 3, 4, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 8)
         q, k, v = self.qkv(y).view(-1, 16, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        k = torch.roll(k, 12, 0) if self.borrowed else k  # the windows of the picture before the last: at 2, its own
         bias = self.bias.unsqueeze(0) * batch if self.counted else self.bias.unsqueeze(0)
         if self.mask is not None:
             full = (bias.unsqueeze(0) + self.mask[None, :, None]).expand(batch, 6, 2, 16, 16)
@@ -117,6 +119,7 @@ def test_windows_become_the_op_and_nothing_is_moved_any_more(options, pattern):
     [
         ({"bend": 0.1}, "its bias is no function of the distance between two tokens"),
         ({"shift": 2, "hidden": -1.0}, "its mask lets tokens of different windows see each other"),
+        ({"borrowed": True}, "does not follow from linear by moving elements"),
         ({"counted": True}, ", which is added to its scores, depends on the input and is no product of its queries"),
     ],
 )

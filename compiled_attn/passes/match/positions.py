@@ -47,6 +47,20 @@ MOVES = {
     aten._unsafe_view.default,
 }
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
+# where ops that take or move places along a dimension name it, and which it is where they do not; []: all
+ALONG: dict[Any, tuple[int, Any]] = {
+    aten.chunk.default: (2, 0),
+    aten.flip.default: (1, []),
+    aten.index_select.default: (1, 0),
+    aten.roll.default: (2, []),
+    aten.select.int: (1, 0),
+    aten.slice.Tensor: (1, 0),
+    aten.split.Tensor: (2, 0),
+    aten.split_with_sizes.default: (2, 0),
+    aten.unbind.int: (1, 0),
+    aten.unfold.default: (1, 0),
+    aten.cat.default: (1, 0),
+}
 VIEWS = {aten.view.default, aten._unsafe_view.default}
 # ops that take the number of pictures as a length or a place, and what they say of one picture is the same for all
 COUNTS = {
@@ -168,6 +182,8 @@ class Numbering:
             shape = self.shape(node) if alone else None
             memo[node] = self.constant(node) if shape is None else torch.zeros(shape, dtype=torch.float64)
             return memo[node]
+        if self.symbol is not None and _picks_pictures(node):
+            return None
         values = {n: self._moved(n, memo, alone) for n in moved(node)}
         if any(v is None for v in values.values()):
             return None
@@ -227,6 +243,32 @@ def _pure(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _picks_pictures(node: fx.Node) -> bool:
+    """Whether a node takes or moves places along a dimension of symbolic size: it does another thing at each batch."""
+    args: Any = node.args
+    first = args[0]
+    if node.target in ALONG:
+        at, default = ALONG[node.target]
+        dims = args[at] if len(args) > at else node.kwargs.get("dims", default)
+        dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    elif node.target is aten.index.Tensor:
+        dims = [d for d, index in enumerate(args[1]) if index is not None]
+    else:
+        return False
+    for source in first if isinstance(first, (list, tuple)) else [first]:
+        sizes = source.meta["val"].shape
+        along = dims or range(len(sizes))
+        if any(not isinstance(sizes[d], int) for d in along) and not _same_shape(source, node):
+            return True
+    return False
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether a slice takes all."""
+    value = b.meta.get("val")
+    return b.target is aten.slice.Tensor and str(a.meta["val"].shape) == str(value.shape)  # type: ignore[union-attr]
 
 
 def _computes_with_sizes(node: fx.Node) -> bool:

@@ -172,7 +172,7 @@ def _of_mask(visible: torch.Tensor, sizes: Sizes) -> Iterator[dict[str, Any]]:
     axes = [x.unique() for x in places(seen, sizes)]
     steps = [int(a[1] - a[0]) if len(a) > 1 else 1 for a in axes]
     window = [len(a) for a in axes]
-    if math.prod(window) != len(seen) or length == len(seen):
+    if math.prod(window) != len(seen) or len(seen) in (0, length):
         return
     for border in ("clamp", "mask"):
         yield {"window": window, "stride": [1] * len(sizes), "dilation": steps, "border": border}
