@@ -131,6 +131,27 @@ def test_a_copy_that_is_wrong_in_one_constant_stays_and_says_why(options, becaus
     assert miss.because.endswith(because)
 
 
+def test_windows_that_unfold_cuts_out_and_fold_puts_back_become_the_op():
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Conv2d(8, 24, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = [F.unfold(t, (2, 4), stride=(2, 4)).view(-1, 2, 4, 8, 12) for t in self.qkv(x).chunk(3, 1)]
+            q, k, v = (t.permute(0, 4, 1, 3, 2).flatten(0, 1) for t in parts)  # [B windows, H, N, D]
+            y = F.scaled_dot_product_attention(q, k, v).view(-1, 12, 2, 8, 4)
+            return F.fold(y.permute(0, 2, 4, 3, 1).reshape(-1, 64, 12), (8, 12), (2, 4), stride=(2, 4))
+
+    before, _, after, notes = raised(Folded(), torch.randn(2, 8, 8, 12))
+    (node,) = locals_of(after)
+    assert node.kwargs["window"] == node.kwargs["stride"] == [2, 4] and not notes.misses
+    assert not [n for n in after.graph.nodes if n.target in (aten.im2col.default, aten.col2im.default)]
+    x = torch.randn(3, 8, 8, 12)
+    with torch.no_grad():
+        assert (after(x) - before(x)).abs().max() < 1e-5
+
+
 def test_windows_of_a_map_of_symbolic_sizes_stay_and_say_why():
     class Rows(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

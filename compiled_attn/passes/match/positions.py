@@ -78,12 +78,20 @@ def moves(node: fx.Node) -> bool:
     """Whether a node only moves elements of its first argument, and may put zeros between them."""
     if node.op != "call_function":
         return False
-    return node.target in MOVES or node.target is aten.cat.default or _zero_pad(node)
+    return node.target in MOVES or node.target is aten.cat.default or _zero_pad(node) or _folds_apart(node)
 
 
 def pads(node: fx.Node) -> bool:
     """Whether a node puts zeros beside its elements; padding by nothing is no padding."""
     return node.target in PADS and any(node.args[1])  # type: ignore[arg-type]
+
+
+def _folds_apart(node: fx.Node) -> bool:
+    """Whether a node puts windows back into a map where none lies over another, so that nothing is summed."""
+    if node.target is not aten.col2im.default:
+        return False
+    _, _, kernel, dilation, _, stride = node.args
+    return list(dilation) == [1, 1] and all(s >= k for s, k in zip(stride, kernel, strict=True))  # type: ignore
 
 
 def _zero_pad(node: fx.Node) -> bool:
