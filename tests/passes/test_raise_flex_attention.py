@@ -146,7 +146,13 @@ def test_a_call_over_all_or_all_earlier_keys_is_plain_attention(options, says):
         ({"mask": sliding, "score": capped}, "to the scores: neither a sum nor a mask"),
         ({"mask": sliding, "keep": True}, "its log-sum-exp is read"),
     ],
-    ids=["no pattern", "other windows for other heads", "capped scores", "log-sum-exp read"],
+    ids=[
+        "no pattern",
+        "the first query sees nothing",
+        "other windows for other heads",
+        "capped scores",
+        "log-sum-exp read",
+    ],
 )
 def test_any_other_call_stays_and_says_why(options, because):
     model = Flex(**options)
