@@ -32,7 +32,7 @@ from compiled_attn.passes.match.positions import Numbering, moved, moves
 from compiled_attn.passes.match.rebuild import Builder, End, end_of, head_values
 from compiled_attn.passes.match.table import Added, AxisLogits, added_by, axis_logits, bias_table
 from compiled_attn.passes.match.tokens import OVER_CHANNELS, Origin, Tokens, origin_of, tokens_of
-from compiled_attn.passes.match.windows import Groups, Pattern, grids, patterns
+from compiled_attn.passes.match.windows import Groups, Pattern, grids, patterns, rolled
 
 if TYPE_CHECKING:
     from compiled_attn.ir.targets import Target
@@ -58,7 +58,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class Found:
-    """A match. table: the bias and what it is made from.  logits: what depends on the query, axis by axis."""
+    """A match. table: the bias and what it is made from.  logits: what depends on the query, axis by axis.
+
+    rolls: how far the map has to be rolled along each axis to follow the pattern; () for not at all.
+    """
 
     call: Call
     factors: Factors
@@ -69,6 +72,7 @@ class Found:
     end: End
     numbering: Numbering
     condition: str
+    rolls: tuple[int, ...] = ()
 
 
 def match(program: Program, node: fx.Node) -> Found | str | None:
@@ -191,9 +195,11 @@ def chosen(
         size = " x ".join(str(n) for n in factors.q.spatial)
         kept = "" if call.mask is None else ", which keeps its bias"
         return f"{OVER_MAP} of {size}: plain attention{kept}"
+    if _over_all_keys(groups, factors):
+        return None
     reason = ""
     for queries, keys in _maps(factors):
-        for pattern in patterns(groups, queries, keys):
+        for pattern, rolls in _patterns(groups, queries, keys, factors):
             entries = tuple(a.offsets for a in axes_of(len(queries), **pattern.options))
             table = bias_table(added, pattern, factors.groups, entries)
             logits = axis_logits(added, pattern, factors.groups, entries)
@@ -204,7 +210,7 @@ def chosen(
             if end is None or not all(numbering.grows(n) for n in (call.q, call.k, end.node)):
                 return "its result is not put back into the map behind it"
             condition = added.condition(groups.visible, factors.groups)
-            return Found(call, factors, pattern, table, added.names, logits, end, numbering, condition)
+            return Found(call, factors, pattern, table, added.names, logits, end, numbering, condition, rolls)
     if reason:
         return reason
     one = len(groups.queries) == 1 and bool(groups.visible.all())  # its queries share their keys, wherever they lie
@@ -215,6 +221,26 @@ def chosen(
         return joined if call.mask is None else "its mask lets tokens of different windows see each other"
     sizes = f"{groups.queries.shape[1]} queries and {groups.keys.shape[1]} keys"
     return f"its {len(groups.queries)} groups of {sizes} follow no pattern of windows, halos or neighborhoods"
+
+
+def _over_all_keys(groups: Groups, factors: Factors) -> bool:
+    """Whether every query sees all of another map, such as a pooled one."""
+    whole = len(groups.queries) == 1 and bool(groups.visible.all()) and bool((groups.keys >= 0).all())
+    return whole and groups.keys.shape[1] == math.prod(factors.k.spatial)
+
+
+def _patterns(
+    groups: Groups, queries: tuple[int, ...], keys: tuple[int, ...], factors: Factors
+) -> Iterator[tuple[Pattern, tuple[int, ...]]]:
+    """The patterns of the groups, with how far the map has to be rolled first."""
+    for pattern in patterns(groups, queries, keys):
+        yield pattern, ()
+    if queries != keys or queries != factors.q.spatial or factors.k.spatial != queries:
+        return
+    found = rolled(groups, queries)
+    if found is not None:
+        for pattern in patterns(found[0], queries, keys):
+            yield pattern, found[1]
 
 
 def _all_earlier(groups: Groups) -> bool:
@@ -254,7 +280,7 @@ def write(edit: Edit, node: fx.Node, found: Found) -> None:
     """Puts q, k and v on the map, the op between them, and the projection at the end."""
     like = edit.node_of[node]
     with edit.graph.inserting_before(edit.node_of[found.end.node]):
-        builder = Builder(edit, like, found.numbering)
+        builder = Builder(edit, like, found.numbering, found.rolls)
         factors, pattern = found.factors, found.pattern
         q = builder.on_map(factors.q, pattern.queries)
         k, v = (builder.on_map(part, pattern.keys) for part in (factors.k, factors.v))
@@ -266,6 +292,7 @@ def write(edit: Edit, node: fx.Node, found: Found) -> None:
         logits = builder.logits(found.logits, pattern.queries) if found.logits else None
         options = {**pattern.options, "scale": found.call.scale}
         out = builder.call(ops.local_attention.overload, q, k, v, bias, logits, **options)
+        out = builder.rolled(out, [-n for n in found.rolls])
         shape, order = list(found.end.shape), list(found.end.order)
         if found.end.linear is not None:
             *sizes, heads, width = out.meta["val"].shape
@@ -305,6 +332,7 @@ def said(found: Found) -> str:
         ):
             words.append(f"{name} {' x '.join(str(n) for n in values)}")
     words.append("causal" if causal and any(causal) else f"border {options['border']}")
+    words += [f"on the map rolled by {' x '.join(str(n) for n in found.rolls)}"] if found.rolls else []
     words += [f"{options['sinks']} sinks"] if options.get("sinks") else []
     words += ["bias by distance"] if found.table is not None else []
     words += ["logits of the query"] if found.logits else []

@@ -32,8 +32,10 @@ class Windowed(nn.Module):
         bend: float = 0.0,
         counted: bool = False,
         borrowed: bool = False,
+        padded: bool = False,
     ) -> None:
         super().__init__()
+        self.padded = padded
         self.shift, self.grid, self.counted, self.borrowed = shift, grid, counted, borrowed
         self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
         place = torch.cartesian_prod(torch.arange(4), torch.arange(4))
@@ -52,6 +54,7 @@ class Windowed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch = x.shape[0]
         y = torch.roll(x, (-self.shift, -self.shift), (1, 2)) if self.shift else x
+        y = F.pad(y, (0, 0, 0, 2, 0, 1)) if self.padded else y  # from 7 x 10
         if self.grid:
             y = y.view(batch, 4, 2, 4, 3, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 16, 8)
         else:
@@ -68,6 +71,7 @@ class Windowed(nn.Module):
             y = y.view(-1, 2, 3, 4, 4, 8).permute(0, 3, 1, 4, 2, 5).reshape(-1, 8, 12, 8)
         else:
             y = y.view(-1, 2, 3, 4, 4, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 8, 12, 8)
+        y = y[:, :7, :10] if self.padded else y
         y = torch.roll(y, (self.shift, self.shift), (1, 2)) if self.shift else y
         return x + y
 
@@ -166,6 +170,34 @@ def test_windows_of_a_map_of_symbolic_sizes_stay_and_say_why():
     after, _ = run_passes(before, [RaiseLocalAttention()], CPU, notes)
     assert after is before
     assert [m.because.split(" the symbols")[0] for m in notes.misses] == ["its groups are counted by"]
+
+
+@pytest.mark.parametrize("shift", [1, 2])
+def test_a_map_that_is_rolled_before_it_is_padded_follows_the_pattern_once_rolled_back(shift):
+    torch.manual_seed(0)
+    before, _, after, notes = raised(Windowed(shift=shift, padded=True), torch.randn(2, 7, 10, 8))
+    (node,) = locals_of(after)
+    assert node.kwargs["shift"] == [shift, shift] and not notes.misses
+    assert f"on the map rolled by {shift} x {shift}" in notes.done[0].what
+    x = torch.randn(3, 7, 10, 8)
+    with torch.no_grad():
+        assert (after(x) - before(x)).abs().max() < 1e-5
+
+
+def test_attention_to_all_of_a_pooled_map_is_no_near_miss():
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv, self.pool = nn.Linear(8, 8), nn.Linear(8, 16), nn.Conv2d(8, 8, 2, stride=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = self.q(x.flatten(1, 2)).view(-1, 24, 2, 4).transpose(1, 2)
+            y = self.pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+            k, v = self.kv(y).view(-1, 6, 2, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 4, 6, 8)
+
+    _, start, after, notes = raised(Pooled(), torch.randn(2, 4, 6, 8))
+    assert after is start and not notes.misses
 
 
 def test_a_bias_that_differs_in_its_last_bit_from_place_to_place_is_one_of_distance():

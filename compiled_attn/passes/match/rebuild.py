@@ -81,11 +81,15 @@ def _layout(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | No
 
 @dataclass
 class Builder:
-    """Writes values in the map's order in front of the insertion point; what q, k and v share is written once."""
+    """Writes values in the map's order in front of the insertion point; what q, k and v share is written once.
+
+    rolls: how far the map is rolled along each axis; () for not at all.
+    """
 
     edit: Edit
     like: fx.Node
     numbering: Numbering
+    rolls: tuple[int, ...] = ()
     _made: dict[Any, fx.Node] = field(default_factory=dict)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -117,11 +121,18 @@ class Builder:
             x = self.edit.node_of[tokens.root]
             if tokens.order != tuple(range(len(tokens.order))):
                 x = self.call(aten.permute.default, x, list(tokens.order))
+            x = self.rolled(x, self.rolls)
             if tokens.linear is not None:
                 old = self.edit.node_of[tokens.linear]
                 x = self.edit.call(old.target, (x, *old.args[1:]), dict(old.kwargs), like=old)
             self._made[key] = x
         return self._made[key]
+
+    def rolled(self, x: fx.Node, by: Sequence[int]) -> fx.Node:
+        """[B, *spatial, ...] rolled along the spatial axes."""
+        if not any(by):
+            return x
+        return self.call(aten.roll.default, x, list(by), list(range(1, 1 + len(by))))
 
     def _batch(self, x: fx.Node) -> Any:
         size = x.meta["val"].shape[0]

@@ -67,6 +67,25 @@ def patterns(groups: Groups, queries: Sizes, keys: Sizes, *, lenient: bool = Fal
             yield found
 
 
+def rolled(groups: Groups, sizes: Sizes) -> tuple[Groups, Sizes] | None:
+    """The groups on a map that was rolled, and how far along each axis, where a mask cuts the last windows in two.
+
+    Models that roll a map and then pad it leave the parts of a window at the far ends of the padded map.
+    """
+    if groups.whole or not torch.equal(groups.queries, groups.keys):
+        return None
+    last = int(groups.queries.amax(1).argmax())
+    at = places(groups.queries[last], sizes)
+    seen = groups.visible[last, 0]
+    shift = tuple(len(x.unique()) - len(x[seen].unique()) for x in at)
+    if not any(shift):
+        return None
+    spot = torch.zeros_like(groups.queries)
+    for x, by, n in zip(places(groups.queries, sizes), shift, sizes, strict=True):
+        spot = spot * n + (x + by) % n
+    return Groups(spot, spot, groups.visible), shift
+
+
 def places(spot: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
     """Coordinates of places, axis by axis."""
     return [spot // math.prod(sizes[i + 1 :]) % n for i, n in enumerate(sizes)]
