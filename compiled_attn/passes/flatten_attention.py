@@ -89,7 +89,7 @@ def write(edit: Edit, node: fx.Node, split: int) -> fx.Node:
         for i in range(3):
             args[i] = flat(args[i])
         if kwargs.get("attn_mask") is not None:
-            kwargs["attn_mask"] = flat(kwargs["attn_mask"])
+            kwargs["attn_mask"] = flat(kwargs["attn_mask"])  # type: ignore[arg-type]
         elif len(args) > MASK and args[MASK] is not None:
             args[MASK] = flat(args[MASK])
         out = edit.call(SDPA, tuple(args), kwargs, like=node)

@@ -418,8 +418,8 @@ def passes_of(options: dict[str, Any]) -> tuple[Pass, ...]:
             )
         blocks = tuple(int(part) for part in at.split(","))
         found.append(passes.ReorganizeTokens(keep_rate=options["keep_rate"], at=blocks, fuse=not options["no_fuse"]))
-    classes = {n: getattr(passes, n) for n in passes.__all__}
-    known = {n: c for n, c in classes.items() if dataclasses.is_dataclass(c) and hasattr(c, "run")}
+    classes: dict[str, Any] = {n: getattr(passes, n) for n in passes.__all__}
+    known: dict[str, Any] = {n: c for n, c in classes.items() if dataclasses.is_dataclass(c) and hasattr(c, "run")}
     for name in options["passes"]:
         if name not in known:
             raise PassError(
