@@ -184,6 +184,29 @@ def test_a_map_that_is_rolled_before_it_is_padded_follows_the_pattern_once_rolle
         assert (after(x) - before(x)).abs().max() < 1e-5
 
 
+def test_chunks_that_see_the_chunk_before_them_are_causal_windows():
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+            places = torch.arange(24).view(4, 6)
+            keys = torch.cat([F.pad(places, (0, 0, 1, 0), value=-1)[:-1], places], 1).unsqueeze(1)
+            self.register_buffer("seen", (keys >= 0) & (keys <= places.unsqueeze(2)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.view(-1, 4, 6, 2, 4).permute(0, 3, 1, 2, 4) for t in self.qkv(x).chunk(3, -1))
+            k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t], 3) for t in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, self.seen).permute(0, 2, 3, 1, 4).reshape(-1, 24, 8)
+
+    before, _, after, notes = raised(Chunks(), torch.randn(2, 24, 8))
+    (node,) = locals_of(after)
+    assert (node.kwargs["window"], node.kwargs["stride"], node.kwargs["causal"]) == ([12], [6], [True])
+    assert not notes.misses
+    x = torch.randn(3, 24, 8)
+    with torch.no_grad():
+        assert (after(x) - before(x)).abs().max() < 1e-5
+
+
 def test_attention_to_all_of_a_pooled_map_is_no_near_miss():
     class Pooled(nn.Module):
         def __init__(self) -> None:

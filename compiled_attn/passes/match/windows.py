@@ -114,8 +114,11 @@ def _candidates(groups: Groups, queries: Sizes, keys: Sizes) -> Iterator[dict[st
                 rows.append((window[i], stride, block, step[i] if block == 1 else 1, 0))
         w, s, b, d, o = (list(x) for x in zip(*rows, strict=True))
         borders = ("zero",) if bool((groups.keys < 0).any()) and bool(groups.visible.all()) else ("mask", "clamp")
+        options = {"window": w, "stride": s, "dilation": d, "shift": o, "block": b}
         for border in borders:
-            yield {"window": w, "stride": s, "dilation": d, "shift": o, "block": b, "border": border}
+            yield {**options, "border": border}
+        if len(queries) == 1 and not bool(groups.visible.all()) and b == s:
+            yield {**options, "border": "mask", "causal": [True]}
 
 
 def _rectangle(spot: torch.Tensor, sizes: Sizes) -> list[tuple[int, int]] | None:
