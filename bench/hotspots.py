@@ -14,8 +14,8 @@ from compiled_attn.ir import _torch
 TEMPLATES = (
     ("linear", ("packed_linear", "cpp_gemm")),
     ("tokens", ("select_tokens",)),
-    ("attention", ("attention", "class_row", "neighborhood_apply")),
-    ("convolution", ("depthwise_block",)),
+    ("attention", ("attention", "class_row", "neighborhood")),
+    ("convolution", ("depthwise",)),
     ("layernorm", ("layer_norm",)),
 )
 CALLS = (
