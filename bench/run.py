@@ -11,11 +11,14 @@ import argparse
 import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ import torch
 from bench import hotspots, report, roof, timing
 from bench.cases import TOLERANCE, Case, build, difference, flops
 from bench.peers import APPROXIMATE, DEFAULT, PEERS, NotHere, Runner
+
+PREPARES = "prepares"  # key of a line by which a process says which peer it prepares now
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,24 +75,83 @@ def parser() -> argparse.ArgumentParser:
 
 
 def in_process(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The records of a case, from a new process whose thread pools have the case's size from the start."""
-    job = {
-        "case": case.as_dict(),
-        "peers": options.peers,
-        "rounds": options.rounds,
-        "round_seconds": options.round_ms / 1e3,
-        "limit": options.limit,
-        "where": options.where,
-        "costs": options.costs,
-    }
-    found = child(["-m", "bench.run", "--worker", json.dumps(job)], case.threads)
-    return found if isinstance(found, list) else [{**case.as_dict(), "peer": "all", "because": str(found)}]
+    """The records of a case, from a new process whose thread pools have the case's size from the start.
+
+    A peer that does not get ready in time ends that process, and the others begin again in another.
+    """
+    slow: list[dict[str, Any]] = []
+    peers = list(options.peers)
+    while True:
+        job = {
+            "case": case.as_dict(),
+            "peers": peers,
+            "rounds": options.rounds,
+            "round_seconds": options.round_ms / 1e3,
+            "where": options.where,
+            "costs": options.costs,
+        }
+        found = watched(["-m", "bench.run", "--worker", json.dumps(job)], case.threads, options.limit)
+        if not isinstance(found, Slow):
+            return (found if isinstance(found, list) else [failed(case, "all", str(found))]) + slow
+        slow.append(failed(case, found.peer, f"it was not ready after {options.limit:g} s"))
+        peers.remove(found.peer)
+
+
+def failed(case: Case, peer: str, because: str) -> dict[str, Any]:
+    return {**case.as_dict(), "peer": peer, "because": because}
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A peer that did not get ready in time."""
+
+    peer: str
+
+
+def watched(command: list[str], threads: int, limit: float) -> Any:
+    """What `child` gives, of a process that says which peer it prepares; Slow where that takes more than `limit` s.
+
+    Native code can not be interrupted: the process is killed.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read(stream: Any) -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *command], env=environment(threads), stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        threading.Thread(target=read, args=(process.stdout,), daemon=True).start()
+        last, peer, end = "", None, 0.0
+        while True:
+            try:
+                line = lines.get(timeout=None if peer is None else max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                process.kill()
+                process.wait()
+                return Slow(str(peer))
+            if line is None:
+                break
+            last = line
+            if line.startswith(f'{{"{PREPARES}"'):
+                peer, end = json.loads(line)[PREPARES], time.monotonic() + limit
+        if process.wait() or not last:
+            errors.seek(0)
+            return errors.read().strip()[-2000:] or f"exit code {process.returncode}"
+        return json.loads(last)
+
+
+def environment(threads: int) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 def child(command: list[str], threads: int, extra: dict[str, str] | None = None) -> Any:
     """What a Python process prints as its last line, read as JSON; the end of its errors where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **(extra or {})}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    own = environment(threads) | (extra or {})
+    done = subprocess.run([sys.executable, *command], env=own, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return done.stderr.strip()[-2000:] or f"exit code {done.returncode}"
@@ -115,13 +179,10 @@ def compare(case: Case, job: dict[str, Any]) -> list[dict[str, Any]]:
         for name in job["peers"]:
             record = records[name] = {**case.as_dict(), "peer": name, "gflop": total / 1e9, "roof": vars(limit)}
             began = time.perf_counter()
+            print(json.dumps({PREPARES: name}), flush=True)
             try:
-                with timing.within(job["limit"]):
-                    runner = PEERS[name](case, model, x, Path(folder))
-                    found = runner.call().float()
-            except timing.OutOfTime:
-                record["because"] = f"it was not ready after {job['limit']:g} s"
-                continue
+                runner = PEERS[name](case, model, x, Path(folder))
+                found = runner.call().float()
             except NotHere as error:
                 record["because"] = str(error)
                 continue
@@ -137,6 +198,7 @@ def compare(case: Case, job: dict[str, Any]) -> list[dict[str, Any]]:
                 ready[name] = runner
             else:
                 record["because"] = "its numbers are wrong"
+        print(json.dumps({PREPARES: None}), flush=True)
         times = timing.interleave(
             {name: runner.call for name, runner in ready.items()},
             rounds=job["rounds"],

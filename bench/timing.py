@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,26 +29,6 @@ class Times:
             "ms_best": round(self.best, 4),
             "cpu_ms": round(self.cpu_median, 4),
         }
-
-
-class OutOfTime(BaseException):
-    """Raised by `within`; no Exception, which a compiler that is interrupted might take for a failure of its own."""
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Stops what runs in it, in the main thread, with OutOfTime; a call of native code when it comes back to Python."""
-
-    def stop(*_: Any) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def interleave(

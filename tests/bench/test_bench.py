@@ -3,7 +3,6 @@
 import importlib
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ cases, peers, hotspots, report, roof, run, timing = (
     for name in ("cases", "peers", "hotspots", "report", "roof", "run", "timing")
 )
 
-JOB = {"limit": 0.4, "rounds": 2, "round_seconds": 0.001, "where": False, "costs": False}
+JOB = {"rounds": 2, "round_seconds": 0.001, "where": False, "costs": False}
 SMALL = cases.Case("digits", 1)
 
 
@@ -38,13 +37,7 @@ def tiny(monkeypatch):
     def broken(*_):
         return peers.Runner(lambda: 1 / 0)
 
-    def slow(*_):
-        try:
-            time.sleep(5.0)
-        except Exception:
-            return peers.Runner(lambda: model(x))
-
-    found = {"eager": right, "wrong": wrong, "absent": absent, "broken": broken, "slow": slow}
+    found = {"eager": right, "wrong": wrong, "absent": absent, "broken": broken}
     monkeypatch.setattr(run, "PEERS", found)
     monkeypatch.setattr(run.roof, "measure", lambda precision: roof.Roof(precision, 1, 100.0, 100.0, 10.0))
     with torch.no_grad():
@@ -62,8 +55,33 @@ def test_a_peer_with_wrong_numbers_gets_its_difference_and_no_time(tiny) -> None
 def test_a_peer_that_can_not_run_says_why(tiny) -> None:
     assert tiny["absent"]["because"] == "it is not installed"
     assert tiny["broken"]["because"].startswith("ZeroDivisionError")
-    assert tiny["slow"]["because"] == "it was not ready after 0.4 s"
     assert "because it is not installed" in report.table(list(tiny.values()))
+
+
+SLEEPER = """
+import json, sys, time
+job = json.loads(sys.argv[-1])
+for peer in job["peers"]:
+    print(json.dumps({"prepares": peer}), flush=True)
+    time.sleep(60 if peer == "slow" else 0)
+print(json.dumps({"prepares": None}), flush=True)
+print(json.dumps([{**job["case"], "peer": peer, "ms": 1.0} for peer in job["peers"]]))
+"""
+
+
+def test_a_peer_that_is_not_ready_in_time_is_left_and_the_others_begin_again(monkeypatch) -> None:
+    watched = run.watched
+    monkeypatch.setattr(run, "watched", lambda command, *rest: watched(["-c", SLEEPER, command[-1]], *rest))
+    options = run.parser().parse_args(["--limit", "1.5"])
+    options.peers = ["eager", "slow", "ours"]
+    records = {r["peer"]: r for r in run.in_process(SMALL, options)}
+    assert records["slow"]["because"] == "it was not ready after 1.5 s" and "ms" not in records["slow"]
+    assert records["eager"]["ms"] == records["ours"]["ms"] == 1.0
+    assert list(records) == ["eager", "ours", "slow"]  # the first says what the table needs
+
+
+def test_a_process_that_fails_says_how() -> None:
+    assert "ZeroDivisionError" in run.watched(["-c", "1 / 0"], 1, 5.0)
 
 
 def test_results_are_written_as_json_lines_table_and_plot(tiny, tmp_path: Path) -> None:
@@ -71,7 +89,7 @@ def test_results_are_written_as_json_lines_table_and_plot(tiny, tmp_path: Path) 
     paths = report.write(list(tiny.values()), tmp_path)
     assert [p.name for p in paths] == ["results.jsonl", "results.txt", "results.png"]
     records = [json.loads(line) for line in paths[0].read_text().splitlines()]
-    assert [r["peer"] for r in records] == ["eager", "wrong", "absent", "broken", "slow"]
+    assert [r["peer"] for r in records] == ["eager", "wrong", "absent", "broken"]
     assert records[0]["machine"]["torch"] == torch.__version__
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
