@@ -35,6 +35,7 @@ class LocalSpec:
     layout: str = "dense"
     dtype: torch.dtype = torch.float32
     scale: float = 0.3
+    softcap: float = 0.0
     seed: int = 0
 
     @property
@@ -61,7 +62,7 @@ class LocalSpec:
         """The op's keyword arguments."""
         names = ("window", "stride", "dilation", "shift", "block", "causal")
         lists = {n: None if getattr(self, n) is None else list(getattr(self, n)) for n in names}
-        return {**lists, "border": self.border, "sinks": self.sinks, "scale": self.scale}
+        return {**lists, "border": self.border, "sinks": self.sinks, "scale": self.scale, "softcap": self.softcap}
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """q, k, v, bias, relative."""
@@ -109,6 +110,9 @@ CASES: dict[str, LocalSpec] = {
     "sliding and causal, with sinks": LocalSpec(
         queries=(17,), window=(5,), border="mask", causal=(True,), sinks=2, bias=True
     ),
+    "sliding and capped": LocalSpec(
+        queries=(17,), window=(5,), border="mask", causal=(True,), scale=1.0, softcap=1.5, bias=True
+    ),
     "three dimensions, causal in time": LocalSpec(
         queries=(4, 5, 6), window=(2, 3, 3), causal=(True, False, False), bias=True, width=4, value_width=4
     ),
@@ -136,6 +140,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (_bad(shift=[0, 1]), "spatial axis 1 has no such pattern"),
     (_bad(window=[4, 4], stride=[4, 4], block=[3, 4]), "spatial axis 0 has no such pattern"),
     (_bad(sinks=1), "sinks are keys of a sequence"),
+    (_bad(softcap=-1.0), "softcap is -1"),
 ]
 
 
@@ -170,6 +175,7 @@ def local_specs(draw: st.DrawFn) -> LocalSpec:
         layout=draw(st.sampled_from(LAYOUTS)),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         scale=draw(st.sampled_from([0.05, 0.3, 1.0])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 0.5, 30.0])),
         seed=draw(st.integers(0, 2**16)),
     )
 

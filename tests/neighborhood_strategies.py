@@ -21,7 +21,7 @@ class NeighborhoodSpec:
     @property
     def options(self) -> dict[str, Any]:
         """The op's keyword arguments."""
-        return {k: v for k, v in self.local.options.items() if k not in ("causal", "sinks", "scale")}
+        return {k: v for k, v in self.local.options.items() if k not in ("causal", "sinks", "scale", "softcap")}
 
     def make(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """weights, v."""

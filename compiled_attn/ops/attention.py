@@ -8,7 +8,17 @@ import torch.nn.functional as F
 
 from compiled_attn.ir.errors import OpError
 from compiled_attn.ir.op import Cost, by_vjp, define
-from compiled_attn.ops.rules import bytes_of, differ, exceeds, want_equal, want_floating, want_rank, widened
+from compiled_attn.ops.rules import (
+    bytes_of,
+    capped,
+    differ,
+    exceeds,
+    want_equal,
+    want_floating,
+    want_rank,
+    want_softcap,
+    widened,
+)
 
 Tensor = torch.Tensor
 
@@ -21,9 +31,7 @@ def probabilities(
     A `softcap` other than 0 bends the scaled scores s to softcap * tanh(s / softcap) (Gemma 2, section 2).
     """
     wide = widened(q.dtype)
-    scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = capped((q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale, softcap)
     if bias is not None:
         scores = scores + bias.to(wide)
     if causal:
@@ -68,12 +76,7 @@ def attention_shape(
 ) -> Tensor:
     del scale, causal
     _check("attention", q, k, v, bias)
-    if not 0.0 <= softcap < float("inf"):
-        raise OpError(
-            f"attention: softcap is {softcap}",
-            facts="scores are bent to lie between -softcap and softcap; 0 leaves them",
-            do="give a number from 0 on",
-        )
+    want_softcap("attention", softcap)
     batch, heads, queries, _ = q.shape
     return q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
 

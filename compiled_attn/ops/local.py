@@ -6,7 +6,8 @@ Each query at position (y, x, ...) sees the keys of its window, which local_geom
 
 with dy, dx the distances key - query in units of the dilation. `relative` holds logits that depend on the query
 (HaloNet, BoTNet): its last dimension is one table for each axis after the other, 2 w - 1 entries each, added unscaled:
-q's product with the axis's relative embeddings.
+q's product with the axis's relative embeddings. With a `softcap`, s = scale * q k is bent to
+softcap * tanh(s / softcap) before anything is added (Gemma 2, section 2).
 
 Letters: B batch, H heads, Y X spatial axes (1 to 3 of them), D head width, Dv value width, w window, R = 2 w - 1
 distances, G blocks, P queries of a block, K slots of a window.
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from compiled_attn.ir.errors import OpError
 from compiled_attn.ir.op import Cost, by_vjp, define
 from compiled_attn.ops.local_geometry import BORDERS, Axis, Slots, axes_of, slots
-from compiled_attn.ops.rules import bytes_of, differ, want_equal, want_floating, widened
+from compiled_attn.ops.rules import bytes_of, capped, differ, want_equal, want_floating, want_softcap, widened
 
 Tensor = torch.Tensor
 Sizes = Sequence[int] | None
@@ -50,14 +51,15 @@ def local_reference(
     border: str = "clamp",
     causal: Sequence[bool] | None = None,
     sinks: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Every key gathered for every query."""
     pattern = (window, stride, dilation, shift, block, border, causal, sinks)
-    axes = _check(q, k, v, bias, relative, pattern)
+    axes = _check(q, k, v, bias, relative, pattern, softcap)
     wide = widened(q.dtype)
     found = [slots(a, q.shape[1 + i], k.shape[1 + i], q.device, single=True) for i, a in enumerate(axes)]
     keys, values = (gathered(x.to(wide), found) for x in (k, v))  # [B, *L, H, K, D]
-    scores = torch.einsum("...d,...kd->...k", q.to(wide), keys) * scale  # [B, *L, H, K]
+    scores = capped(torch.einsum("...d,...kd->...k", q.to(wide), keys) * scale, softcap)  # [B, *L, H, K]
     seen = _joined([s.seen.squeeze(1) for s in found])  # [*L, K]
     if bias is not None:
         table = bias.to(wide)
@@ -90,9 +92,10 @@ def local_shape(
     border: str = "clamp",
     causal: Sequence[bool] | None = None,
     sinks: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     del scale
-    _check(q, k, v, bias, relative, (window, stride, dilation, shift, block, border, causal, sinks))
+    _check(q, k, v, bias, relative, (window, stride, dilation, shift, block, border, causal, sinks), softcap)
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
@@ -112,9 +115,10 @@ def local_cost(
     border: str = "clamp",
     causal: Sequence[bool] | None = None,
     sinks: int = 0,
+    softcap: float = 0.0,
 ) -> Cost:
     """Two products with the keys of each query's window; what a border cuts off is counted."""
-    del scale
+    del scale, softcap
     axes = axes_of(q.dim() - 3, window, stride, dilation, shift, block, border, causal, sinks)
     keys = math.prod(_seen_at_most(a, k.shape[1 + i]) for i, a in enumerate(axes))
     queries = q.numel() // q.shape[-1]
@@ -138,16 +142,17 @@ def local_decomposition(
     border: str = "clamp",
     causal: Sequence[bool] | None = None,
     sinks: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Batched products of blocks with their windows; where a block is one query, sums that Inductor fuses."""
     axes = axes_of(q.dim() - 3, window, stride, dilation, shift, block, border, causal, sinks)
     rank, wide = len(axes), widened(q.dtype)
     found = [slots(a, q.shape[1 + i], k.shape[1 + i], q.device) for i, a in enumerate(axes)]
     if all(a.together == 1 for a in axes):
-        return _query_by_query(q, k, v, bias, relative, axes, found, scale)
+        return _query_by_query(q, k, v, bias, relative, axes, found, scale, softcap)
     queries = _in_blocks(q, axes)  # [B, *G, H, P, D]
     keys, values = (gathered(x, found) for x in (k, v))  # [B, *G, H, K, D]
-    scores = (queries.to(wide) @ keys.to(wide).transpose(-2, -1)) * scale  # [B, *G, H, P, K]
+    scores = capped((queries.to(wide) @ keys.to(wide).transpose(-2, -1)) * scale, softcap)  # [B, *G, H, P, K]
     if bias is not None:
         scores = scores + torch.where(_tabled(found), _block_bias(bias.to(wide), found), 0.0)
     if relative is not None:
@@ -170,13 +175,14 @@ def _query_by_query(
     axes: Sequence[Axis],
     found: Sequence[Slots],
     scale: float,
+    softcap: float,
 ) -> Tensor:
     """Sums over gathered keys that Inductor fuses: the axes of the window are never joined into one."""
     rank, wide = len(axes), widened(q.dtype)
     slot_dims = list(range(-rank, 0))
     keys, values = (gathered(x, found, joined=False).to(wide) for x in (k, v))  # [B, *L, H, *w, D]
     queries = q.to(wide)[(..., *[None] * rank, slice(None))]
-    scores = (queries * keys).sum(-1) * scale  # [B, *L, H, *w]
+    scores = capped((queries * keys).sum(-1) * scale, softcap)  # [B, *L, H, *w]
     if bias is not None:
         table = bias.to(wide)
         for i, s in enumerate(found):
@@ -202,7 +208,7 @@ def _query_by_query(
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? relative=None, *, int[] window, float scale, "
     "int[]? stride=None, int[]? dilation=None, int[]? shift=None, int[]? block=None, str border='clamp', "
-    "bool[]? causal=None, int sinks=0) -> Tensor"
+    "bool[]? causal=None, int sinks=0, float softcap=0.0) -> Tensor"
 )
 
 # q [B, *Lq, H, D], k [B, *Lk, H, D], v [B, *Lk, H, Dv], bias [H, *R], relative [B, *Lq, H, sum of R]
@@ -349,7 +355,13 @@ def _seen_at_most(axis: Axis, keys: Any) -> Any:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, relative: Tensor | None, pattern: tuple[Any, ...]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    relative: Tensor | None,
+    pattern: tuple[Any, ...],
+    softcap: float,
 ) -> tuple[Axis, ...]:
     """The axes; raises OpError where the arguments clash."""
     op, rank = "local_attention", q.dim() - 3
@@ -369,6 +381,7 @@ def _check(
     for i in range(rank):
         want_equal(op, f"the size of spatial axis {i}", "k", k.shape[1 + i], "v", v.shape[1 + i])
     check_pattern(op, rank, pattern)
+    want_softcap(op, softcap)
     axes = axes_of(rank, *pattern)
     for i, axis in enumerate(axes):
         want_equal(

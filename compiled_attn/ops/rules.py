@@ -45,6 +45,21 @@ def want_floating(op: str, name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def want_softcap(op: str, softcap: float) -> None:
+    """Raises OpError unless scores can be bent to lie between -softcap and softcap, or are left by 0."""
+    if not 0.0 <= softcap < float("inf"):
+        raise OpError(
+            f"{op}: softcap is {softcap}",
+            facts="scores are bent to lie between -softcap and softcap; 0 leaves them",
+            do="give a number from 0 on",
+        )
+
+
+def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Scores s as softcap * tanh(s / softcap) (Gemma 2, section 2), or as they are where softcap is 0."""
+    return torch.tanh(scores / softcap) * softcap if softcap else scores
+
+
 def bytes_of(*tensors: torch.Tensor | None) -> Any:
     """Bytes that the elements of the tensors take, a broadcast view counted in full."""
     return sum((t.numel() * t.element_size() for t in tensors if t is not None), 0)

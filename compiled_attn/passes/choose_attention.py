@@ -34,7 +34,7 @@ RULE = "attention"
 
 @dataclass(frozen=True)
 class Call:
-    """One SDPA call as the op takes it; `mask` may still be of booleans."""
+    """One SDPA call, or one of the op itself, as the op takes it; `mask` may still be of booleans."""
 
     q: fx.Node
     k: fx.Node
@@ -42,10 +42,15 @@ class Call:
     mask: fx.Node | None
     scale: float
     causal: bool
+    softcap: float = 0.0
 
 
 def read(node: fx.Node) -> Call | str:
-    """What an SDPA node computes, or the sentence that says why the op does not."""
+    """What an attention node computes, or the sentence that says why the op does not."""
+    if node.target is ops.attention.overload:
+        operands: list[Any] = [*node.args, None][:4]
+        options: dict[str, Any] = {"causal": False, **node.kwargs}
+        return Call(*operands, **options)
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     q, k, v = (given[name] for name in names[:3])

@@ -5,8 +5,9 @@
 
 The form with the least expected seconds is taken, of those that can be: dense attention needs known sizes, a mask that
 fits and no query that sees nothing or keys of zeros; the decomposition is asked where the template declines. Seconds
-are counted from shapes and a target's peaks, as the roof is that the note states beside; no form is timed. On a CPU the
-template is taken where it accepts, and this pass does nothing. Never changes which keys a query sees.
+are counted from shapes and a target's peaks, as the roof is that the note states beside; no form is timed. Of capped
+scores, which torch's operator does not know, dense attention is the vocabulary's. On a CPU the template is taken where
+it accepts, and this pass does nothing. Never changes which keys a query sees.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ RULE = "local_attention form"
 MASK_BYTES_MOST = 64 * 2**20
 DENSE_PAIR_FLOPS = 8  # of a softmax without a mask
 DENSE_BLOCK = 64  # keys that a fused operator takes at once
+SCORE_MOVES = 5  # times that each score of a decomposed attention is written or read, in float32
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Call:
     @property
     def widths(self) -> int:
         return int(self.q.shape[-1]) + int(self.v.shape[-1])
+
+    @property
+    def softcap(self) -> float:
+        return float(self.kwargs.get("softcap", 0.0))
 
     @property
     def seen(self) -> int:
@@ -108,7 +114,7 @@ def undense(call: Call) -> str | None:
     if call.axes[0].border == "zero":
         return "keys of zeros beyond its border count"
     step = 16 // call.q.element_size()
-    if call.q.shape[-1] % step or call.v.shape[-1] % step:
+    if not call.softcap and (call.q.shape[-1] % step or call.v.shape[-1] % step):
         return f"its head is {call.q.shape[-1]} wide, fused attention takes multiples of {step} in {call.q.dtype}"
     n, m = (math.prod(side) for side in zip(*call.sizes, strict=True))
     heads = call.q.shape[-2] if call.bias is not None else 1
@@ -173,8 +179,11 @@ def roof_seconds(call: Call, target: Target) -> float:
 
 
 def dense_seconds(call: Call, target: Target) -> float:
-    """All keys of the map, with the mask read from the cache."""
+    """All keys of the map, with the mask read from the cache; the scores from memory where they are capped."""
     keys = math.prod(m for _, m in call.sizes or ())
+    if call.softcap:
+        products = 2 * keys * call.widths / target.flops_per_second(torch.float32)
+        return products + 4 * SCORE_MOVES * keys / target.bytes_per_second
     keys = -(-keys // DENSE_BLOCK) * DENSE_BLOCK
     width = block_of(call.q.shape[-1]) + block_of(call.v.shape[-1])
     plain = whole(call)
@@ -209,9 +218,10 @@ def write_dense(edit: Edit, node: fx.Node, call: Call) -> None:
         mask = None
         if not whole(call):
             mask = edit.constant(f"{node.name}_seen", visible(call))
+        kinds = {"dtype": call.q.dtype, "device": call.q.device}
+        added = None
         if call.bias is not None:
             tabled = _spread([t for _, _, t in _along(call)])
-            kinds = {"dtype": call.q.dtype, "device": call.q.device}
             index = edit.constant(f"{node.name}_entries", _entries(call).flatten())
             table = made(aten.reshape.default, made(aten.to.dtype, node.args[3], call.q.dtype), [heads, -1])
             added = made(
@@ -220,9 +230,16 @@ def write_dense(edit: Edit, node: fx.Node, call: Call) -> None:
             if not bool(tabled.all()):
                 zero = made(aten.scalar_tensor.default, 0.0, **kinds)
                 added = made(aten.where.self, edit.constant(f"{node.name}_tabled", tabled), added, zero)
+        elif call.softcap and mask is not None:
+            added = made(aten.scalar_tensor.default, 0.0, **kinds)
+        if added is not None:
             hidden = made(aten.scalar_tensor.default, float("-inf"), **kinds)
             mask = made(aten.where.self, mask, added, hidden)
-        out = made(aten.scaled_dot_product_attention.default, *parts, mask, scale=call.kwargs["scale"])
+        if call.softcap:
+            options = {"scale": call.kwargs["scale"], "softcap": call.softcap}
+            out = made(ops.attention.overload, *parts, mask, **options)
+        else:
+            out = made(aten.scaled_dot_product_attention.default, *parts, mask, scale=call.kwargs["scale"])
         out = made(aten.clone.default, made(aten.transpose.int, out, 1, 2), memory_format=torch.contiguous_format)
         out = made(aten.reshape.default, out, [-1, *queries, heads, call.v.shape[-1]])
     edit.replace(node, out)

@@ -291,6 +291,7 @@ def write(edit: Edit, node: fx.Node, found: Found) -> None:
             bias = edit.constant(f"{node.name}_bias", value, made_from=found.made_from)
         logits = builder.logits(found.logits, pattern.queries) if found.logits else None
         options = {**pattern.options, "scale": found.call.scale}
+        options |= {"softcap": found.call.softcap} if found.call.softcap else {}
         out = builder.call(ops.local_attention.overload, q, k, v, bias, logits, **options)
         out = builder.rolled(out, [-n for n in found.rolls])
         shape, order = list(found.end.shape), list(found.end.order)
@@ -336,6 +337,7 @@ def said(found: Found) -> str:
     words += [f"{options['sinks']} sinks"] if options.get("sinks") else []
     words += ["bias by distance"] if found.table is not None else []
     words += ["logits of the query"] if found.logits else []
+    words += [f"capped at {found.call.softcap:g}"] if found.call.softcap else []
     return ", ".join(words)
 
 
@@ -347,14 +349,18 @@ class RaiseLocalAttention:
     exact: ClassVar[bool] = True
 
     def run(self, program: Program, target: Target, notes: Notes) -> Program:
-        del target
         if program.mode != "inference":
             return program
         edit = None
         for node in program.graph.nodes:
-            if node.target is ops.attention.overload and node.kwargs.get("softcap"):
-                notes.miss(node, RULE, f"its scores are capped at {node.kwargs['softcap']:g}, the op bends none")
-            if node.op != "call_function" or node.target is not SDPA:
+            if node.op != "call_function" or node.target not in (SDPA, ops.attention.overload):
+                continue
+            if node.kwargs.get("softcap") and target.kind == "cuda":
+                notes.miss(
+                    node,
+                    RULE,
+                    f"its scores are capped at {node.kwargs['softcap']:g}, no kernel of windows bends them on a GPU",
+                )
                 continue
             found = match(program, node)
             if isinstance(found, str):

@@ -41,11 +41,11 @@ def agree(spec, blocks=(32, 32)):
 @example(LocalSpec(queries=(5, 3), window=(3, 3), dilation=(7, 2), bias=True), torch.float32, (16, 16))
 def test_the_kernel_equals_the_equation(spec, dtype, blocks):
     assume(math.prod(spec.queries) * spec.batch * spec.heads <= MOST)
-    agree(replace(spec, dtype=dtype), blocks)
+    agree(replace(spec, dtype=dtype, softcap=0.0), blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, spec in CASES.items() if not spec.softcap])
 def test_every_fixed_pattern(name, dtype):
     agree(replace(CASES[name], dtype=dtype, batch=1))
 

@@ -52,10 +52,10 @@ def agree(spec, blocks=(32, 32)):
 @example(LocalSpec(queries=(5, 3), window=(3, 3), dilation=(7, 2), bias=True), torch.float32, (16, 16))
 def test_the_gradients_equal_the_equations(spec, dtype, blocks):
     assume(math.prod(spec.queries) * spec.batch * spec.heads <= MOST)
-    agree(replace(spec, dtype=dtype), blocks)
+    agree(replace(spec, dtype=dtype, softcap=0.0), blocks)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, spec in CASES.items() if not spec.softcap])
 def test_every_fixed_pattern(name):
     agree(replace(CASES[name], dtype=torch.float32, batch=1))
 

@@ -231,6 +231,7 @@ def local_attention(
     out: torch.Tensor,
     axes: tuple[Axis, ...],
     scale: float,
+    softcap: float = 0.0,
 ) -> None:
     """Fills `out` [B, *L, H, Dv]; every tensor is read or written by its strides."""
     rank, missing = len(axes), 3 - len(axes)
@@ -249,6 +250,7 @@ def local_attention(
         longs(strides),
         longs(tables(axes)),
         ctypes.c_float(scale),
+        ctypes.c_float(softcap),
         *(pointer(t) for t in (q, k, v)),
         pointer(bias),
         BIAS_KINDS[None if bias is None else bias.dtype],

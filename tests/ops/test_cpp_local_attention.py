@@ -20,6 +20,7 @@ variants = pytest.mark.parametrize("variant", cpp_library.VARIANTS, ids=lambda v
 @variants
 @given(spec=local_specs())
 @example(spec=CASES["sliding and causal, with sinks"])
+@example(spec=CASES["sliding and capped"])
 @example(spec=CASES["three dimensions, causal in time"])
 @example(spec=CASES["halo, strided queries"])
 @example(spec=LocalSpec(queries=(56, 56), window=(7, 7), width=32, value_width=32, bias=True, layout="fused"))
@@ -30,7 +31,7 @@ def test_it_equals_the_equation_and_writes_nothing_beside(variant, spec):
         pytest.skip(f"this CPU lacks {sorted(variant.needs)}")
     q, k, v, bias, relative = spec.tensors()
     room = torch.full((*q.shape[:-1], spec.value_width + 2), torch.nan, dtype=spec.dtype)
-    cpp_library.local_attention(variant, q, k, v, bias, relative, room[..., 1:-1], spec.axes, spec.scale)
+    cpp_library.local_attention(variant, q, k, v, bias, relative, room[..., 1:-1], spec.axes, spec.scale, spec.softcap)
     wide = [None if t is None else t.double() for t in (q, k, v, bias, relative)]
     wanted = local_attention.reference(*wide, **spec.options)
     assert room[..., 0].isnan().all() and room[..., -1].isnan().all()

@@ -52,6 +52,8 @@ def by_hand(spec: LocalSpec) -> torch.Tensor:
             row = (slice(None), *[0 if p is None else p for p in at])
             there = float(None not in at)
             score = there * spec.scale * (q[(slice(None), *place)] * k[row]).sum(-1)
+            if spec.softcap:
+                score = spec.softcap * torch.tanh(score / spec.softcap)
             tabled = [r for _, r in chosen]
             if bias is not None and min(tabled) >= 0:
                 score = score + bias[(slice(None), *tabled)]

@@ -58,6 +58,11 @@ CHOICES = {
         "t4",
         "dense attention",
     ),
+    "a long capped window": (
+        LocalSpec(queries=(512,), window=(256,), causal=(True,), border="mask", width=64, value_width=64, softcap=50.0),
+        "a100",
+        "capped dense attention",
+    ),
     "a large map on it": (LocalSpec(queries=(56, 56), window=(7, 7), width=32, batch=1), "t4", "decomposition"),
 }
 
@@ -69,26 +74,29 @@ def test_the_form_with_the_least_expected_seconds_is_chosen_and_the_note_names_t
     if form == "template":
         pytest.importorskip("triton")
     before, after, note = decided(spec, target, half=True)
-    assert note.what == ("triton_local_attention" if form == "template" else form)
+    dense = {"dense attention": SDPA, "capped dense attention": ops.attention.overload}.get(form)
+    assert note.what == ("triton_local_attention" if form == "template" else form.removeprefix("capped "))
     assert "roof" in note.measure and "expected and not timed" in note.measure
     kinds = {n.target for n in after.graph.nodes}
-    assert (SDPA in kinds, LOCAL in kinds) == ((True, False) if form == "dense attention" else (False, True))
-    assert form == "dense attention" or after is before
+    assert kinds & {SDPA, ops.attention.overload, LOCAL} == {dense or LOCAL}
+    assert dense or after is before
 
 
 DENSE = {name: spec for name, spec in CASES.items() if spec.border != "zero"} | {
     "the whole map": WHOLE,
+    "capped, without a bias": LocalSpec(queries=(20,), window=(9,), causal=(True,), border="mask", softcap=0.5),
     "a longer sequence": LocalSpec(queries=(40,), window=(9,), causal=(True,), border="mask", sinks=3),
 }
 
 
 @pytest.mark.parametrize("spec", DENSE.values(), ids=DENSE)
 def test_dense_attention_gives_equal_numbers_at_1e_5(spec, monkeypatch):
-    dense = choosing.Form("dense attention", 1.0)
-    monkeypatch.setattr(choosing, "forms", lambda call, _: ([dense], choosing.undense(call)))
+    form = choosing.Form("dense attention", 1.0)
+    monkeypatch.setattr(choosing, "forms", lambda call, _: ([form], choosing.undense(call)))
     spec = LocalSpec(**{**spec.__dict__, "batch": 2})
     before, after, note = decided(spec, "a100")
-    assert [n.target for n in after.graph.nodes].count(SDPA) == 1 and "no dense" not in note.measure
+    dense = ops.attention.overload if spec.softcap else SDPA
+    assert [n.target for n in after.graph.nodes].count(dense) == 1 and "no dense" not in note.measure
     q, k, v, *_ = LocalSpec(**{**spec.__dict__, "batch": 3}).tensors()
     assert (after(q, k, v) - before(q, k, v)).abs().max() < 1e-5
 

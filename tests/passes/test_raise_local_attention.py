@@ -76,13 +76,28 @@ class Windowed(nn.Module):
         return x + y
 
 
-def raised(model: nn.Module, x: torch.Tensor):
+class Sliding(nn.Module):
+    """A causal window of 4 of 11 tokens over scores that are bent to lie between -3 and 3, as Gemma 2 writes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        near = torch.ones(11, 11, dtype=torch.bool).tril().triu(-3)
+        self.register_buffer("mask", torch.zeros(11, 11).masked_fill(~near, torch.finfo(torch.float32).min))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = torch.tanh(q @ k.transpose(2, 3) * 2.0 / 3.0) * 3.0 + self.mask
+        return x + self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def raised(model: nn.Module, x: torch.Tensor, target: targets.Target = CPU):
     """The program before and after the passes that raise, and the notes."""
     before = capture(model.eval(), (x,), {}, dynamic_shapes=(BATCH,), mode="inference")
     kept = [p for p in pipelines.portable() if not isinstance(p, RaiseLocalAttention)]
-    start, _ = run_passes(before, kept, CPU, Notes())
+    start, _ = run_passes(before, kept, target, Notes())
     notes = Notes()
-    after, _ = run_passes(start, [RaiseLocalAttention()], CPU, notes)
+    after, _ = run_passes(start, [RaiseLocalAttention()], target, notes)
     return before, start, after, notes
 
 
@@ -227,6 +242,25 @@ def test_a_bias_that_differs_in_its_last_bit_from_place_to_place_is_one_of_dista
     torch.manual_seed(0)
     _, _, after, notes = raised(Windowed(bend=1e-7), torch.randn(2, 8, 12, 8))
     assert len(locals_of(after)) == 1 and not notes.misses
+
+
+def test_a_sliding_window_over_capped_scores_is_raised_with_its_cap():
+    torch.manual_seed(0)
+    before, _, after, notes = raised(Sliding(), torch.randn(2, 11, 8))
+    (node,) = locals_of(after)
+    assert {"window": [4], "causal": [True], "softcap": 3.0, "scale": 2.0}.items() <= node.kwargs.items()
+    assert [note.what for note in notes.done] == ["window 4, causal, capped at 3"] and not notes.misses
+    x = torch.randn(3, 11, 8)
+    with torch.no_grad():
+        assert (after(x) - before(x)).abs().max() < 1e-5
+
+
+def test_on_a_gpu_it_stays_for_no_kernel_of_windows_bends_scores_there():
+    _, start, after, notes = raised(Sliding(), torch.randn(2, 11, 8), targets.load("a100"))
+    assert after is start
+    assert [miss.because for miss in notes.misses] == [
+        "its scores are capped at 3, no kernel of windows bends them on a GPU"
+    ]
 
 
 def test_every_windowed_block_of_a_stock_swin_is_raised_and_its_rolls_are_gone():

@@ -60,7 +60,17 @@ def tables(axes: Sequence[Axis]) -> list[int]:
     return starts
 
 
-def lowering(q: Any, k: Any, v: Any, bias: Any = None, relative: Any = None, *, scale: float, **pattern: Any) -> Any:
+def lowering(
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any = None,
+    relative: Any = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    **pattern: Any,
+) -> Any:
     """Inductor's lowering, of its own values; None where the kernel does not cover the call."""
     dtypes = [x.get_dtype() for x in (q, bias, relative) if x is not None]
     if q.get_device().type != "cpu" or any(d not in DTYPES for d in dtypes):
@@ -77,12 +87,12 @@ def lowering(q: Any, k: Any, v: Any, bias: Any = None, relative: Any = None, *, 
     axes = axes_of(len(size) - 3, **pattern)
 
     def source(views: dict[str, Any]) -> tuple[str, str]:
-        return marked(NAME, "local_attention.h"), _shape(views, axes, scale) + _call(views)
+        return marked(NAME, "local_attention.h"), _shape(views, axes, scale, softcap) + _call(views)
 
     return _torch.cpp_template(NAME, inputs, [(q.get_dtype(), size, strides)], source)[0]
 
 
-def _shape(views: dict[str, Any], axes: Sequence[Axis], scale: float) -> str:
+def _shape(views: dict[str, Any], axes: Sequence[Axis], scale: float, softcap: float) -> str:
     """C++ statements that fill `s`, the kernel's LocalShape."""
     q, k, v, rank = views["q"], views["k"], views["v"], len(axes)
     missing = 3 - rank
@@ -101,7 +111,7 @@ def _shape(views: dict[str, Any], axes: Sequence[Axis], scale: float) -> str:
         places = [0, *range(1 + missing, 4)]
         lines += [f"s.bias[{at}] = {views['bias'].strides[i]};" for i, at in enumerate(places)]
     lines += [f"s.table[{i}] = {start};" for i, start in enumerate(tables(axes))]
-    lines.append(f"s.scale = {float(scale)!r};")
+    lines += [f"s.scale = {float(scale)!r};", f"s.softcap = {float(softcap)!r};"]
     return "\n".join(lines) + "\n"
 
 

@@ -50,6 +50,8 @@ def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str |
     for name, tensor in (("bias is", bias), ("relative logits are", relative)):
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"its {name} {tensor.dtype}, the kernel adds float32, float16 and bfloat16"
+    if kwargs.get("softcap", 0.0):
+        return f"its scores are capped at {kwargs['softcap']:g}, the kernel bends none"
     narrowed = (BLOCKS[-1], "") if relative is None else (WIDEST_RELATIVE, " beside relative logits")
     because = unfit_widths(q, v, *narrowed)
     if because is not None:
@@ -77,7 +79,7 @@ def chosen(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> list[C
 
 def pattern(q: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Axis, ...]:
     """The axes of a call by its keyword arguments."""
-    options = {name: value for name, value in kwargs.items() if name != "scale"}
+    options = {name: value for name, value in kwargs.items() if name not in ("scale", "softcap")}
     return axes_of(q.dim() - 3, **options)
 
 

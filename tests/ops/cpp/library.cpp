@@ -211,14 +211,15 @@ void call_cached_attention(int bf16, const int64_t* sizes, const int64_t* stride
 // axes: three times queries, keys, window, stride, block, dilation, shift, border, causal, sinks. sizes: batch, heads,
 // width, value width. strides: q, k, v, out, relative (five each), bias (four). kinds: of bias and relative, as above.
 void call_local_attention(int bf16, const int64_t* sizes, const int64_t* axes, const int64_t* strides,
-                          const int64_t* table, float scale, const void* q, const void* k, const void* v,
-                          const void* bias, int bias_kind, const void* relative, int relative_kind, void* out) {
+                          const int64_t* table, float scale, float softcap, const void* q, const void* k,
+                          const void* v, const void* bias, int bias_kind, const void* relative, int relative_kind,
+                          void* out) {
   LocalShape s{};
   s.batch = sizes[0], s.heads = sizes[1], s.width = sizes[2], s.value_width = sizes[3];
   std::memcpy(s.axis, axes, sizeof(s.axis));
   std::memcpy(s.q, strides, 29 * sizeof(int64_t));
   std::memcpy(s.table, table, sizeof(s.table));
-  s.scale = scale;
+  s.scale = scale, s.softcap = softcap;
   const Numbers b{bias, bias_kind == 2}, r{relative, relative_kind == 2};
   if (bf16) {
     local_attention(s, (const Bf16*)q, (const Bf16*)k, (const Bf16*)v, b, r, (Bf16*)out);

@@ -1,4 +1,5 @@
-// Local attention: softmax over each query's window of (scale * q k + bias[distance] + relative logits) v.
+// Local attention: softmax over each query's window of (scale * q k + bias[distance] + relative logits) v, the scaled
+// product capped if asked.
 //
 //   q [B, *L, H, D], k, v [B, *keys, H, D or Dv] are read in place by their strides, channel stride 1; one to three
 //   spatial axes, those that are missing in front have one query and one key.
@@ -6,7 +7,7 @@
 //   out [B, *L, H, Dv] is written by its strides, channel stride 1.
 //
 // Two forms: tiles of queries that share the keys of their windows (local_tiles.h) for blocks, halos, long windows and
-// small maps; queries in lanes (local_lanes.h) for windows that move by one. Nothing of size N x N exists in either.
+// small maps, capped scores; queries in lanes (local_lanes.h) for windows that move by one. Nothing of size N x N exists in either.
 #ifndef COMPILED_ATTN_CPP_LOCAL_ATTENTION_H
 #define COMPILED_ATTN_CPP_LOCAL_ATTENTION_H
 
@@ -76,7 +77,7 @@ inline double lane_work(const LocalShape& s) {
 
 inline bool prefers_lanes(const LocalShape& s, bool relative) {
   const LocalAxis& a = s.axis[2];
-  if (relative || a.stride != 1 || a.block != 1 || a.sinks || a.window > 64 || a.queries == 0) return false;
+  if (relative || s.softcap != 0.f || a.stride != 1 || a.block != 1 || a.sinks || a.window > 64 || a.queries == 0) return false;
   if (s.axis[0].sinks || s.axis[1].sinks) return false;
   return lane_work(s) < tile_work(s);
 }

@@ -28,6 +28,7 @@ struct LocalShape {
   int64_t q[5], k[5], v[5], out[5], relative[5], bias[4];
   int64_t table[3];  // where an axis's distances begin among the relative logits; -1: it has none
   float scale;
+  float softcap;  // scaled scores s become softcap * tanh(s / softcap) where it is not 0
 };
 
 // Numbers of float32 or bfloat16; null where there are none.

@@ -72,6 +72,7 @@ class LocalTiles {
     a.v[2] = a.out[2] = s.value_width;
     a.bias[2] = keys, a.bias[3] = 1;
     a.scale = s.scale;
+    a.softcap = s.softcap;
     return a;
   }
 
