@@ -4,12 +4,15 @@
 
 The mask function is asked about every head, query and key. What it lets through must be everything, all earlier keys,
 or a pattern of local_attention (which raise-local-attention then finds in the mask). The score function may add numbers
-that depend on places and constants, and hide pairs. Any other call stays the FlexAttention call that it is, with a
-sentence: it skips blocks, where a dense mask would not. Of the block mask only the function counts, as in eager mode.
+that depend on places and constants, and hide pairs. Before that it may scale the scores and cap them by tanh, which
+makes the result the vocabulary's attention(..., softcap=20.0). Any other call stays the FlexAttention call that it is,
+with a sentence: it skips blocks, where a dense mask would not. Of the block mask only the function counts, as in eager
+mode.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import fx
 
+from compiled_attn import ops
 from compiled_attn.ir.notes import Notes
 from compiled_attn.ir.program import Edit, Program
 from compiled_attn.ir.text import target_text
@@ -33,6 +37,8 @@ FLEX = torch.ops.higher_order.flex_attention
 SDPA = aten.scaled_dot_product_attention.default
 ADDED = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 HIDDEN = {aten.where.self, aten.where.ScalarOther}
+TIMES = {aten.mul.Tensor, aten.mul.Scalar}
+BY = {aten.div.Tensor, aten.div.Scalar}
 # ops that ask their first argument only for its type and place of memory
 FILLED = {aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.full_like.default}
 PICTURE, SCORE = 0, 0  # first arguments of a mask function, and of a score function, where PICTURE comes second
@@ -55,9 +61,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Found:
-    """A call as plain attention. mask, bias [1 or H, N, M]; says: what the mask lets through."""
+    """A call as plain attention. mask, bias [1 or H, N, M]; says: what the mask lets through; softcap: 0 for none."""
 
     call: Call
+    scale: float
+    softcap: float
     causal: bool
     mask: torch.Tensor | None
     bias: torch.Tensor | None
@@ -113,7 +121,8 @@ def match(program: Program, node: fx.Node) -> Found | str:
         return f"what its score function adds would be rounded to {dtype}"
     causal = says == "all earlier keys" and bias is None and n == m
     mask = None if causal or bool(visible.all()) else visible
-    return Found(call, causal, mask, bias, tuple(sorted(names)), says)
+    scale, softcap, _ = bent(call.score)
+    return Found(call, call.scale * scale, softcap, causal, mask, bias, tuple(sorted(names)), says)
 
 
 def _uses_head(call: Call) -> bool:
@@ -135,7 +144,7 @@ def unread(call: Call) -> str | None:
     for kind, function, place in (("mask", call.mask, PICTURE), ("score", call.score, SCORE + 1)):
         if _counts(function, place):
             return f"its {kind} function depends on the number of the picture"
-    current = _inputs(call.score)[SCORE]
+    _, _, current = bent(call.score)
     while True:
         users = list(current.users)
         if len(users) != 1:
@@ -154,6 +163,36 @@ def unread(call: Call) -> str | None:
         if user.target in HIDDEN and not _hides(call.score, user.args[2]):
             return f"its score function replaces scores by {user.args[2]}, which is not minus infinity"
         current = user
+
+
+def bent(function: fx.GraphModule) -> tuple[float, float, fx.Node]:
+    """What a score function does to the scores first: a factor, the cap that follows or 0, and the last node of it."""
+    factor, cap, current = 1.0, 0.0, _inputs(function)[SCORE]
+    while len(current.users) == 1:
+        (user,) = current.users
+        number = _times(function, user, current)
+        if number is not None:
+            factor, cap = (factor, cap * number) if cap else (factor * number, 0.0)
+        elif user.target is aten.tanh.default and not cap:
+            cap = 1.0
+        else:
+            break
+        current = user
+    return factor * (cap or 1.0), abs(cap), current
+
+
+def _times(function: fx.GraphModule, node: fx.Node, value: fx.Node) -> float | None:
+    """The number, other than 0, that a node multiplies `value` by; None where it does something else."""
+    if node.target not in TIMES | BY or node.kwargs or list(node.args).count(value) != 1:
+        return None
+    inverse, first = node.target in BY, node.args[0] is value
+    other: Any = node.args[1] if first else node.args[0]
+    if isinstance(other, fx.Node) and other.op == "get_attr":
+        held: torch.Tensor = getattr(function, str(other.target))
+        other = held.item() if held.numel() == 1 else None
+    if not isinstance(other, (int, float)) or not math.isfinite(other) or other == 0 or (inverse and not first):
+        return None
+    return 1.0 / other if inverse else float(other)
 
 
 def _hides(function: fx.GraphModule, value: Any) -> bool:
@@ -215,11 +254,17 @@ def write(edit: Edit, node: fx.Node, found: Found) -> dict[fx.Node, fx.Node]:
         if found.bias is not None:
             kept = found.bias.to(q.meta["val"].dtype)
             kept = kept if found.mask is None else kept.masked_fill(~found.mask, float("-inf"))
+        if found.softcap and kept is not None and kept.dtype == torch.bool:
+            kept = torch.zeros(kept.shape, dtype=q.meta["val"].dtype).masked_fill(~kept, float("-inf"))
         mask = None
         if kept is not None:
             kept = kept.unsqueeze(0).to(q.meta["val"].device)
             mask = edit.constant(f"{node.name}_mask", kept, made_from=found.made_from)
-        out = edit.call(SDPA, (q, k, v, mask, 0.0, found.causal), {"scale": call.scale}, like=new)
+        if found.softcap:
+            options = {"scale": found.scale, "causal": found.causal, "softcap": found.softcap}
+            out = edit.call(ops.attention.overload, (q, k, v, mask), options, like=new)
+        else:
+            out = edit.call(SDPA, (q, k, v, mask, 0.0, found.causal), {"scale": found.scale}, like=new)
     edit.replace(first, out)
     return {out: first}
 
@@ -243,7 +288,6 @@ class RaiseFlexAttention:
     exact: ClassVar[bool] = True
 
     def run(self, program: Program, target: Target, notes: Notes) -> Program:
-        del target
         if program.mode != "inference":
             return program
         edit = None
@@ -252,14 +296,15 @@ class RaiseFlexAttention:
             if node.target is not FLEX:
                 continue
             found = match(program, node)
+            if isinstance(found, Found) and found.softcap and target.kind == "cuda":
+                found = f"its scores are capped at {found.softcap:g}, and no kernel of windows bends them on a GPU"
             if isinstance(found, str):
                 notes.miss(node, self.name, found)
                 continue
             edit = edit or program.edit()
             written |= write(edit, node, found)
-            notes.did(
-                node, self.name, f"attention to {found.says}" + (" with a bias" if found.bias is not None else "")
-            )
+            says = f"attention to {found.says}" + (" with a bias" if found.bias is not None else "")
+            notes.did(node, self.name, says + (f", capped at {found.softcap:g}" if found.softcap else ""))
         if edit is None:
             return program
         follow_strides(edit, moved(written))

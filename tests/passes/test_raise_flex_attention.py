@@ -64,6 +64,18 @@ def capped(score, _b, _h, _q, _k):
     return 20 * torch.tanh(score / 20)
 
 
+def capped_slopes(score, b, h, q, k):
+    return slopes(-5 * torch.tanh(score * -0.4), b, h, q, k)
+
+
+def squared(score, _b, _h, _q, _k):
+    return score * score
+
+
+def capped_behind_slopes(score, b, h, q, k):
+    return capped(slopes(score, b, h, q, k), b, h, q, k)
+
+
 def later(score, _b, _h, q, k):
     return torch.where(q >= k, score, -float("inf"))
 
@@ -84,12 +96,12 @@ class Flex(nn.Module):
         return y.transpose(1, 2).flatten(2) + added
 
 
-def raised(model: nn.Module):
+def raised(model: nn.Module, target: targets.Target = CPU):
     torch.manual_seed(0)
     x = torch.randn(2, LENGTH, 16)
     before = capture(model.eval(), (x,), {}, dynamic_shapes=(BATCH,), mode="inference")
     notes = Notes()
-    after, _ = run_passes(before, [*pipelines.portable(), RaiseLocalAttention()], CPU, notes)
+    after, _ = run_passes(before, [*pipelines.portable(), RaiseLocalAttention()], target, notes)
     return before, after, notes
 
 
@@ -105,11 +117,22 @@ def equal(model: nn.Module, after) -> bool:
         ({"mask": sliding}, {"window": [6], "causal": [True]}),
         ({"mask": sliding, "key_heads": 1}, {"window": [6], "causal": [True]}),
         ({"mask": sliding, "score": slopes}, {"window": [6], "causal": [True]}),
+        ({"mask": sliding, "score": capped}, {"window": [6], "softcap": 20.0, "scale": 0.3}),
+        ({"mask": sliding, "score": capped_slopes}, {"window": [6], "softcap": 5.0, "scale": 0.6}),
         ({"mask": sinks}, {"window": [6], "causal": [True], "sinks": 2}),
         ({"mask": neighborhood}, {"window": [3, 3], "stride": [1, 1], "border": "clamp"}),
         ({"mask": blocks}, {"window": [6], "stride": [6]}),
     ],
-    ids=["sliding", "shared heads", "sliding, slopes", "sinks", "neighborhood of a map", "windows"],
+    ids=[
+        "sliding",
+        "shared heads",
+        "sliding, slopes",
+        "capped",
+        "capped, slopes",
+        "sinks",
+        "neighborhood of a map",
+        "windows",
+    ],
 )
 def test_a_mask_that_follows_a_pattern_ends_as_local_attention_with_equal_numbers_at_1e_6(options, pattern):
     model = Flex(**options)
@@ -127,6 +150,7 @@ def test_a_mask_that_follows_a_pattern_ends_as_local_attention_with_equal_number
         ({"mask": causal}, "attention to all earlier keys"),
         ({"score": later}, "attention to all earlier keys"),
         ({"mask": causal, "score": slopes}, "attention to all earlier keys with a bias"),
+        ({"mask": causal, "score": capped}, "attention to all earlier keys, capped at 20"),
     ],
 )
 def test_a_call_over_all_or_all_earlier_keys_is_plain_attention(options, says):
@@ -143,14 +167,16 @@ def test_a_call_over_all_or_all_earlier_keys_is_plain_attention(options, says):
         ({"mask": triples}, "its mask over 24 queries and 24 keys follows no window, neighborhood or order"),
         ({"mask": before}, "its mask over 24 queries and 24 keys follows no window, neighborhood or order"),
         ({"mask": by_head}, "its mask over 24 queries and 24 keys follows no window, neighborhood or order"),
-        ({"mask": sliding, "score": capped}, "to the scores: neither a sum nor a mask"),
+        ({"mask": sliding, "score": squared}, "to the scores: neither a sum nor a mask"),
+        ({"mask": sliding, "score": capped_behind_slopes}, "to the scores: neither a sum nor a mask"),
         ({"mask": sliding, "keep": True}, "its log-sum-exp is read"),
     ],
     ids=[
         "no pattern",
         "the first query sees nothing",
         "other windows for other heads",
-        "capped scores",
+        "squared",
+        "capped behind a bias",
         "log-sum-exp read",
     ],
 )
@@ -161,3 +187,10 @@ def test_any_other_call_stays_and_says_why(options, because):
     (miss,) = notes.of(RaiseFlexAttention.name).misses
     assert because in miss.because
     assert equal(model, after)
+
+
+def test_capped_scores_stay_with_flex_attention_on_a_gpu():
+    _, after, notes = raised(Flex(sliding, capped), targets.load("a100"))
+    assert [n for n in after.graph.nodes if n.target is FLEX]
+    (miss,) = notes.of(RaiseFlexAttention.name).misses
+    assert miss.because == "its scores are capped at 20, and no kernel of windows bends them on a GPU"
