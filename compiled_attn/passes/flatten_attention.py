@@ -58,8 +58,8 @@ def match(node: fx.Node) -> int | str | None:
         return "its q, k and v broadcast over leading axes"
     mask: Any = node.kwargs.get("attn_mask", node.args[MASK] if len(node.args) > MASK else None)
     lead = [] if mask is None else list(mask.meta["val"].shape[:-2])
-    if mask is not None and mask.meta["val"].dim() < 2:
-        return "its mask has fewer than two dimensions"
+    if mask is not None and not 2 <= mask.meta["val"].dim() <= rank:
+        return f"its mask has {mask.meta['val'].dim()} dimensions, its scores {rank}"
     return 1 if rank < 4 else split_of(shapes[0][:-2], [1] * (rank - 2 - len(lead)) + lead)
 
 
