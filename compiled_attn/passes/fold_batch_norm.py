@@ -3,6 +3,8 @@
     y = conv2d(x, w, b); z = batch_norm(y, g, h, mean, var, eps)
     ->  z = conv2d(x, w * g / sqrt(var + eps), (b - mean) * g / sqrt(var + eps) + h)
 
+    y = linear(x, w, b); z = batch_norm(view(y, [B N, C]), g, ...)    ->  z = view(linear(x, w', b'), [B N, C])
+
     y = batch_norm(x, g, h, mean, var, eps); z = conv2d(y, w[O, C, 1, 1], b)          s = g / sqrt(var + eps)
     ->  z = conv2d(x, w * s[:, None, None], b + w (h - mean s))
 
@@ -35,6 +37,7 @@ CONVOLUTIONS = (
     aten.conv3d.padding,
     aten.linear.default,
 )
+FLATTENS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 POINTWISE = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -57,13 +60,15 @@ def fold_one(edit: Edit, node: fx.Node, notes: Notes) -> bool:
     if fold_forward(edit, node, parts, notes):
         return True
     x, weight, bias, mean, variance, eps = parts
+    rows = x if _rows_of_linear(x) else None  # [B N, C] of a linear [B, N, C]
+    x = x if rows is None else rows.args[0]
     if x.target not in CONVOLUTIONS:
         notes.miss(node, RULE, f"its input {x.name} is no convolution or linear")
         return False
     if len(x.users) != 1:
         notes.miss(node, RULE, f"{x.name} is read {len(x.users)} times ({', '.join(u.name for u in x.users)})")
         return False
-    if x.target is aten.linear.default and x.meta["val"].dim() != 2:
+    if x.target is aten.linear.default and x.meta["val"].dim() != 2 and rows is None:
         notes.miss(node, RULE, f"{x.name} has {x.meta['val'].dim()} dimensions, so its features are not the channels")
         return False
     if x.target is not aten.linear.default and x.meta["val"].dim() != x.args[1].meta["val"].dim():
@@ -81,10 +86,21 @@ def fold_one(edit: Edit, node: fx.Node, notes: Notes) -> bool:
     kernel = kernel * scale.reshape(-1, *[1] * (kernel.dim() - 1))
     with edit.graph.inserting_before(node):
         fresh = with_weights(edit, x, x.args[0], kernel, moved, nodes)
+        if rows is not None:
+            fresh = edit.call(rows.target, (fresh, *rows.args[1:]), rows.kwargs, like=rows)
     for user in [node] if node.target is aten.batch_norm.default else list(node.users):
         edit.replace(user, fresh)
     notes.did(node, RULE, f"folded into {x.name}")
     return True
+
+
+def _rows_of_linear(x: fx.Node) -> bool:
+    """Whether a value is a linear's, its features still the last dimension, and read by nothing else on the way."""
+    source: Any = x.args[0] if x.args else None
+    if x.target not in FLATTENS or x.meta["val"].dim() != 2 or len(x.users) != 1 or len(source.users) != 1:
+        return False
+    sizes = [n.meta["val"].shape[-1] for n in (x, source)]
+    return source.target is aten.linear.default and isinstance(sizes[0], int) and sizes[0] == sizes[1]
 
 
 def fold_forward(edit: Edit, node: fx.Node, parts: tuple[Any, ...], notes: Notes) -> bool:

@@ -125,6 +125,29 @@ def test_batch_norm_goes_into_the_convolution_before_it(shape, bias):
     assert max(r.error or 0 for r in records) < 1e-6
 
 
+@pytest.mark.parametrize("read_again", [False, True])
+def test_batch_norm_over_the_rows_of_a_linear_goes_into_it_unless_something_else_reads_them(read_again):
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16)
+            self.norm.running_mean.normal_(), self.norm.running_var.uniform_(0.5, 2), self.norm.weight.data.normal_()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            z = self.norm(y.flatten(0, 1)).reshape_as(y)
+            return z + y if read_again else z
+
+    torch.manual_seed(0)
+    model = Rows().eval()
+    program = capture(model, (torch.randn(2, 5, 8),), dynamic_shapes=({0: "batch"},))
+    folded, _ = run_passes(program, CLEAN, targets.load("cpu"), Notes())
+    assert any("batch_norm" in str(n) for n in ops(folded)) == read_again
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        assert (folded(x) - model(x)).abs().max() < 1e-5
+
+
 def test_batch_norm_goes_into_a_linear_before_it():
     _, changed, _, _ = run(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)), torch.randn(4, 5))
     assert ops(changed) == [aten.linear.default]

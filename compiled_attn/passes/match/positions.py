@@ -78,6 +78,8 @@ def moves(node: fx.Node) -> bool:
     """Whether a node only moves elements of its first argument, and may put zeros between them."""
     if node.op != "call_function":
         return False
+    if node.target is operator.getitem:
+        return moves(node.args[0])  # type: ignore[arg-type]
     return node.target in MOVES or node.target is aten.cat.default or _zero_pad(node) or _folds_apart(node)
 
 
