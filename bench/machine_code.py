@@ -230,20 +230,22 @@ def cases() -> Iterator[Case]:
             )
         for block in triton_local_backward.WIDTHS:
             sizes = ("queries", "keys", "window", "step", "block", "dilation", "tile")
-            for rank in (1, 2, 3):
+            for rank, relative in ((1, False), (2, False), (3, False), (3, True)):
+                if relative and block > triton_local_attention.WIDEST_RELATIVE:
+                    continue
                 for name, kernel in (
                     (triton_local_backward.ROWS, local_attention_rows.local_attention_rows),
                     (triton_local_backward.COLUMNS, local_attention_columns.local_attention_columns),
                 ):
                     yield Case(
                         name,
-                        triton_local_backward.case(dtype, block, rank=rank),
+                        triton_local_backward.case(dtype, block, rank=rank, relative=relative),
                         kernel,
                         dtype,
                         triton_local_backward.configs(dtype, block),
                         (
                             *(("D", block - 8), ("BLOCK_D", block), ("DV", block - 8), ("BLOCK_DV", block)),
-                            *(("RANK", rank), ("HAS_BIAS", True), ("HAS_RELATIVE", False)),
+                            *(("RANK", rank), ("HAS_BIAS", True), ("HAS_RELATIVE", relative)),
                             *(("HAS_SINKS", rank == 1), ("UPCAST", False)),
                             *((f"stride_{x}", 1) for x in ("qd", "kd", "vd", "gd")),
                             *((f"{size}_{axis}", 1) for axis in "zyx"[: 3 - rank] for size in sizes),

@@ -25,6 +25,7 @@ def operator(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor | None,
+    relative: torch.Tensor | None,
     window: list[int],
     scale: float,
     stride: list[int],
@@ -35,16 +36,17 @@ def operator(
     causal: list[bool],
     sinks: int,
     target: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The launch as torch.library takes it; the last gradient is empty where there is no bias."""
-    configs = triton_local_backward.chosen((q, k, v), targets.load(target))
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The launch as torch.library takes it; the gradients of a bias and of logits that are not there are empty."""
+    configs = triton_local_backward.chosen((q, k, v, bias, relative), targets.load(target))
     if configs is None:
         raise ValueError(f"no configuration of the gradients fits {target}")  # the template was asked before
     axes = axes_of(q.dim() - 3, window, stride, dilation, shift, block, border, causal, sinks)
-    dq, dk, dv, dbias, _ = local_attention_backward(
-        grad, q, k, v, bias, None, axes=axes, scale=scale, rows_config=configs[0], columns_config=configs[1]
+    dq, dk, dv, *others = local_attention_backward(
+        grad, q, k, v, bias, relative, axes=axes, scale=scale, rows_config=configs[0], columns_config=configs[1]
     )
-    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+    dbias, drelative = (q.new_empty(0) if x is None else x for x in others)
+    return dq, dk, dv, dbias, drelative
 
 
 def differentiable(attention: Any) -> None:
@@ -66,11 +68,10 @@ def gradients(launch: Any, ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """By the kernels through `launch`, the operator, where they cover the call, else by the op's own rule."""
     saved = iter(ctx.saved_tensors)
     args = tuple(next(saved) if given else None for given in ctx.given)
-    q, k, v, bias, _ = args
     rest = (None,) * (len(OPTIONS) + 1)
     if triton_local_backward.accepts(args, ctx.options, targets.load(ctx.target)) is None:
-        found = launch(grad, q, k, v, bias, *(ctx.options[name] for name in OPTIONS), ctx.target)
-        return (*found[:3], None if bias is None else found[3], None, *rest)
+        found = launch(grad, *args, *(ctx.options[name] for name in OPTIONS), ctx.target)
+        return (*(None if x is None else g for x, g in zip(args, found, strict=True)), *rest)
     rule = OPS["local_attention"].gradient
     if isinstance(rule, NoGradient):
         raise ValueError(rule.because)

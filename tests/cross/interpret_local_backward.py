@@ -62,8 +62,13 @@ def test_every_fixed_pattern(name):
 
 @pytest.mark.parametrize(
     "spec",
-    [LocalSpec(bias=True), LocalSpec(), LocalSpec(relative=True)],
-    ids=["bias", "no bias", "logits of the query"],
+    [
+        LocalSpec(bias=True),
+        LocalSpec(),
+        LocalSpec(relative=True),
+        LocalSpec(relative=True, bias=True, width=72, heads=1),
+    ],
+    ids=["bias", "no bias", "logits of the query", "both, a wide head"],
 )
 def test_the_operator_is_differentiated_by_the_kernels_or_by_the_ops_own_rule(spec):
     attend = launch.stand_in("local_attention", targets.load("a100"))

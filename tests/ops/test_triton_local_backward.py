@@ -28,17 +28,18 @@ def test_the_interpreted_gradients_equal_the_equations_on_many_cases():
 
 @pytest.mark.parametrize("target", ["a100", "a10", "orin", "l4", "rtx4090", "h100", "h200"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_heads_up_to_64_wide_are_covered(dtype, target):
-    for width in (8, 24, 32, 64):
-        assert template.accepts(tensors(width, dtype), OPTIONS, targets.load(target)) is None
+def test_every_head_of_the_forward_is_covered(dtype, target):
+    for width in (8, 24, 32, 64, 100, 128, 256):
+        for relative in (False, True)[: 2 if width <= 128 else 1]:
+            assert template.accepts(tensors(width, dtype, relative), OPTIONS, targets.load(target)) is None
 
 
 @pytest.mark.parametrize(
     ("change", "target", "because"),
     [
         ({}, "zen5", "target zen5 has no Triton"),
-        ({"width": 65}, "a100", "its head is 65 wide, the kernels of its gradients hold 64"),
-        ({"relative": True}, "a100", "its logits depend on the query, whose gradient no configuration holds"),
+        ({"width": 257}, "a100", "its head width is 257, the kernel holds 1 to 256 in registers"),
+        ({"width": 200, "relative": True}, "a100", "the kernel holds 1 to 128 in registers beside relative logits"),
         ({"dtype": torch.float64}, "a100", "its elements are torch.float64, the kernel reads float32"),
     ],
 )

@@ -15,19 +15,14 @@ from compiled_attn.ops.templates import triton_local_attention
 from compiled_attn.ops.templates.triton_config import Config, block_of, kind_of, offered
 
 ROWS, COLUMNS = "local_attention_rows", "local_attention_columns"
-WIDTHS = (32, 64)  # columns that a head may fill
+WIDTHS = (32, 64, 128, 256)  # columns that a head may fill; beside relative logits, as many as in the forward
 
 
 def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str | None:
     """None where the kernels give the gradients of this call of local_attention on `target`, else why not."""
-    q, _, v, _, relative = (*args, None, None)[:5]
     because = triton_local_attention.accepts(args, kwargs, target)
     if because is not None:
         return because
-    if relative is not None:
-        return "its logits depend on the query, whose gradient no configuration holds"
-    if max(q.shape[-1], v.shape[-1]) > WIDTHS[-1]:
-        return f"its head is {max(q.shape[-1], v.shape[-1])} wide, the kernels of its gradients hold {WIDTHS[-1]}"
     if chosen(args, target) is None:
         return f"no configuration of its gradients fits target {target.name} without spilling"
     return None
@@ -35,9 +30,9 @@ def accepts(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> str |
 
 def chosen(args: tuple[Any, ...], target: Any) -> tuple[Config, Config] | None:
     """A configuration for each kernel that fits `target`; None where there is none."""
-    q, _, v = args[:3]
+    q, _, v, _, relative = (*args, None, None)[:5]
     block = max(held(q.shape[-1]), held(v.shape[-1]))
-    name = case(q.dtype, block, rank=q.dim() - 3)
+    name = case(q.dtype, block, rank=q.dim() - 3, relative=relative is not None)
     rows, columns = (offered(kernel, name, configs(q.dtype, block), target) for kernel in (ROWS, COLUMNS))
     return (rows[0], columns[0]) if rows and columns else None
 
@@ -67,13 +62,30 @@ def parts(axis: Axis, keys: Any, tile: int) -> Any:
     return axis.dilation * ((members + tile - 1) // tile)
 
 
-def case(dtype: torch.dtype, block: int, *, rank: int) -> str:
-    """The name under which machine code is recorded: with a bias, and sinks where they may be."""
-    return f"{kind_of(dtype)} d{block} {rank}d"
+def case(dtype: torch.dtype, block: int, *, rank: int, relative: bool = False) -> str:
+    """The name under which machine code is recorded: with a bias, and sinks where they may be; logits for any rank."""
+    return f"{kind_of(dtype)} d{block} {'relative' if relative else f'{rank}d'}"
 
 
 def configs(dtype: torch.dtype, block: int) -> tuple[Config, ...]:
     """Candidates for a head that fills `block` columns; float32 is multiplied in float32 ("ieee")."""
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    sizes = ((32, 32, 4), (16, 32, 4), (16, 16, 4)) if block <= 32 else ((32, 32, 8), (16, 16, 4), (16, 16, 8))
-    return tuple(Config((("BLOCK_N", n), ("BLOCK_M", m), ("PRECISION", precision)), warps, 1) for n, m, warps in sizes)
+    return tuple(
+        Config((("BLOCK_N", n), ("BLOCK_M", m), ("PRECISION", precision)), warps, 1)
+        for n, m, warps, narrowest, widest in _SIZES
+        if narrowest <= block <= widest
+    )
+
+
+# queries, keys, warps; the narrowest and widest head it is a candidate for
+_SIZES = (
+    (32, 32, 4, 32, 32),
+    (16, 32, 4, 32, 32),
+    (32, 32, 8, 64, 128),
+    (16, 16, 4, 32, 64),
+    (16, 16, 8, 64, 256),
+    (16, 16, 4, 128, 256),
+    (16, 16, 2, 32, 32),
+    (16, 32, 8, 128, 128),
+    (16, 16, 16, 256, 256),
+)
