@@ -542,7 +542,8 @@ def _in_place(value: Any, *, dense_last: bool = True) -> Any:
             view.realize()
             base: Any = view.unwrap_view()
             if isinstance(getattr(base, "layout", None), ir.FlexibleLayout):
-                base.freeze_layout()
+                order = _order_below(view)
+                base.freeze_layout() if order is None else base.freeze_layout_with_stride_order(order)
         found: Any = ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(x))
         if isinstance(found.layout, ir.FlexibleLayout):
             found.freeze_layout()
@@ -553,6 +554,21 @@ def _in_place(value: Any, *, dense_last: bool = True) -> Any:
     known = V.graph.sizevars.statically_known_equals
     dense = not dense_last or known(node.get_stride()[-1], 1) or known(node.get_size()[-1], 1)
     return node if dense and base == node.get_dtype() else unwrapped(ir.ExternKernel.copy_input(value))
+
+
+def _order_below(view: Any) -> list[int] | None:
+    """Ranks of the strides with which what lies below a view is dense when the view's permutation is; None without one.
+
+    A map whose layout nobody has chosen yet is else written channels first, and turned when it is read channels last.
+    """
+    from torch._inductor import ir
+
+    while isinstance(view.data, ir.BaseView):
+        view = view.data
+    if not isinstance(view, ir.PermuteView):
+        return None
+    dims = list(view.dims)
+    return [len(dims) - 1 - dims.index(d) for d in range(len(dims))]
 
 
 _given: dict[Any, Any] = {}  # overload -> the lowering that register_inductor_lowering left with Inductor
