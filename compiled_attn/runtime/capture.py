@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -133,8 +134,6 @@ def _away_from_one(example: tuple[Any, Any], shapes: Any, model: nn.Module) -> t
 
     Only tensors are changed, and the captured program allows the given size all the same.
     """
-    import inspect
-
     args, kwargs = example
     if not isinstance(shapes, (Mapping, list, tuple)):
         raise CaptureError(
@@ -142,19 +141,28 @@ def _away_from_one(example: tuple[Any, Any], shapes: Any, model: nn.Module) -> t
             facts=f"given is a {type(shapes).__name__} alone",
             do="give one entry for each argument, for example ({0: 'batch'},) or {'x': {0: 'batch'}}",
         )
-    parameters = inspect.signature(model.forward).parameters.values()
-    if isinstance(shapes, Mapping):
-        positional = []
-        for parameter in parameters:
-            spec = shapes.get(parameter.name)
-            many = parameter.kind is inspect.Parameter.VAR_POSITIONAL
-            positional += list(spec or ()) if many else [spec]
-        positional = (positional + [None] * len(args))[: len(args)]
-        keyword = {k: shapes.get(k) for k in kwargs}
-    else:
-        positional, keyword = list(shapes) + [None] * (len(args) - len(shapes)), {}
+    positional, keyword = shapes_of_arguments(shapes, inspect.signature(model.forward), len(args), list(kwargs))
     new_args = tuple(_doubled(a, s) for a, s in zip(args, positional, strict=False)) + tuple(args[len(positional) :])
     return new_args, {k: _doubled(v, keyword.get(k)) for k, v in kwargs.items()}
+
+
+def shapes_of_arguments(
+    shapes: Any, signature: inspect.Signature, count: int, names: Sequence[str]
+) -> tuple[list[Any], dict[str, Any]]:
+    """What dynamic_shapes says of each of `count` positional arguments, and of the keyword arguments `names`.
+
+    Of `*args` it says one thing for all, a tuple, as torch.export takes it.
+    """
+    named = isinstance(shapes, Mapping)
+    entries = iter(() if named else shapes)
+    positional: list[Any] = []
+    for parameter in signature.parameters.values():
+        entry = shapes.get(parameter.name) if named else next(entries, None)
+        many = parameter.kind is inspect.Parameter.VAR_POSITIONAL and (named or isinstance(entry, (list, tuple)))
+        positional += list(entry or ()) if many else [entry]
+    positional += [] if named else list(entries)
+    keyword = {k: shapes.get(k) if named else None for k in names}
+    return (positional + [None] * count)[:count], keyword
 
 
 def _doubled(value: Any, spec: Any) -> Any:

@@ -23,7 +23,7 @@ from compiled_attn.ir.targets import Target
 from compiled_attn.passes.base import Pass
 from compiled_attn.runtime.build import Build, Settings, build_package, prepare
 from compiled_attn.runtime.call import Caller
-from compiled_attn.runtime.capture import arguments
+from compiled_attn.runtime.capture import arguments, shapes_of_arguments
 from compiled_attn.runtime.describe import call_of
 
 LIMIT = 16  # captures of one compiled model; more mean that a dimension should be declared dynamic
@@ -219,15 +219,10 @@ class CompiledModel:
         shapes = self.settings.dynamic_shapes
         if shapes is None:
             return {}
-        if isinstance(shapes, Mapping):
-            bound = self._signature.bind(*args, **kwargs).arguments
-            names = list(bound)[: len(args)]
-            spec: Any = ([shapes.get(n) for n in names], {k: shapes.get(k) for k in kwargs})
-        else:
-            spec = (list(shapes), dict.fromkeys(kwargs))
+        positional, keyword = shapes_of_arguments(shapes, self._signature, len(args), list(kwargs))
         found: dict[int, frozenset[int]] = {}
         position = 0
-        for value, declared in [*zip(args, spec[0], strict=False), *((kwargs[k], spec[1].get(k)) for k in kwargs)]:
+        for value, declared in [*zip(args, positional, strict=True), *((kwargs[k], keyword[k]) for k in kwargs)]:
             position = _walk(value, declared, position, found)
         return found
 

@@ -118,3 +118,14 @@ def test_training_form_keeps_dropout_and_batch_norm_as_they_are():
     program = capture(model, (torch.randn(4, 3),), mode="train")
     targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert "aten.dropout.default" in targets and "aten.batch_norm.default" in targets
+
+
+@pytest.mark.parametrize("shapes", [(({0: "batch"}, {0: "batch"}),), {"xs": ({0: "batch"}, {0: "batch"})}])
+def test_shapes_of_any_number_of_arguments_are_one_entry_as_torch_takes_it(shapes):
+    class Sum(nn.Module):
+        def forward(self, *xs):
+            return xs[0] + xs[1]
+
+    program = capture(Sum(), (torch.randn(1, 3), torch.randn(1, 3)), dynamic_shapes=shapes)
+    x = torch.randn(5, 3)
+    assert torch.equal(program(x, x), 2 * x)
