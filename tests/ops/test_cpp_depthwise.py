@@ -58,7 +58,9 @@ def norm_gain(spec):
 def test_activations_are_those_of_torch(variant, name):
     if not cpp_library.runnable(variant):
         pytest.skip(f"this CPU lacks {sorted(variant.needs)}")
-    x = torch.cat([torch.linspace(-12, 12, 1003), torch.tensor([0.0, -0.0, torch.nan, -100.0, 100.0])])
+    x = torch.cat(
+        [torch.linspace(-12, 12, 1003), torch.tensor([0.0, -0.0, torch.nan, -3e38, -100.0, -88.5, 100.0, 3e38])]
+    )
     found, wanted = cpp_library.activation(variant, name, x), activated(x.double(), name)
     assert torch.equal(found.isnan(), wanted.isnan())
     error = (found.double() - wanted).abs().nan_to_num()

@@ -95,8 +95,9 @@ COMPILED_ATTN_INLINE Vec vadd(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 COMPILED_ATTN_INLINE Vec vsub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 COMPILED_ATTN_INLINE Vec vmul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 COMPILED_ATTN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-// The greater; where either is a NaN, `b`.
+// The greater, and the lesser; where either is a NaN, `b`.
 COMPILED_ATTN_INLINE Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+COMPILED_ATTN_INLINE Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 // Lane by lane `x < y ? a : b`.
 COMPILED_ATTN_INLINE Vec vless(Vec x, Vec y, Vec a, Vec b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a);
@@ -163,6 +164,7 @@ COMPILED_ATTN_INLINE Vec vsub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 COMPILED_ATTN_INLINE Vec vmul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 COMPILED_ATTN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 COMPILED_ATTN_INLINE Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+COMPILED_ATTN_INLINE Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 COMPILED_ATTN_INLINE Vec vless(Vec x, Vec y, Vec a, Vec b) {
   return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_LT_OQ));
 }
@@ -234,6 +236,7 @@ COMPILED_ATTN_INLINE Vec vless(Vec x, Vec y, Vec a, Vec b) {
   return (Vec)((less & (Lanes)a) | (~less & (Lanes)b));
 }
 COMPILED_ATTN_INLINE Vec vmax(Vec a, Vec b) { return vless(b, a, a, b); }
+COMPILED_ATTN_INLINE Vec vmin(Vec a, Vec b) { return vless(a, b, a, b); }
 COMPILED_ATTN_INLINE float vsum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 COMPILED_ATTN_INLINE Vec vpermute(Vec v, Lanes from) {
   if (from[1] == 1 && from[2] == 2 && from[3] == 3) return v;  // mostly; there is no such instruction everywhere
@@ -251,9 +254,10 @@ COMPILED_ATTN_INLINE Vec vfma(Vec a, Vec b, Vec c) {
 #else
 COMPILED_ATTN_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
-// For x <= 1/2, which is all that vexp2 asks.
+// Halves go away from zero.
 COMPILED_ATTN_INLINE Vec nearest_whole(Vec x) {
-  return __builtin_convertvector(__builtin_convertvector(x - vset(0.5f), Lanes), Vec);
+  const Lanes half = ((Lanes)x & int32_t(0x80000000)) | 0x3f000000;  // 1/2 with the sign of x
+  return __builtin_convertvector(__builtin_convertvector(x + (Vec)half, Lanes), Vec);
 }
 COMPILED_ATTN_INLINE Vec times_power_of_two(Vec p, Vec whole) {
   const Lanes exponent = __builtin_convertvector(whole, Lanes) + 127;
@@ -284,7 +288,7 @@ COMPILED_ATTN_INLINE void vstore(Bf16* p, Vec v) { vstore(p, v, kWidth); }
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// 2 to the power x for x <= 0: relative error below 1e-7; 0 from kExp2Floor down; a NaN stays one.
+// 2 to the power x up to 128, which gives infinity: relative error below 1e-7; 0 from kExp2Floor down; a NaN stays one.
 COMPILED_ATTN_INLINE Vec vexp2(Vec x) {
   x = vmax(vset(kExp2Floor), x);
   const Vec whole = nearest_whole(x);
