@@ -3,9 +3,9 @@
     t = index(table, positions); b = permute(t, ...)      ->    b is a constant
 
 Never folds random ops, parameters of a program that trains, or a value more than `growth` times as large as what it
-was made from (a broadcast is cheaper to repeat than to read). What is gathered from a table (a relative bias) is read
-again as dearly as it is kept, however much larger: it is folded while all such values together hold no more than the
-program's own tensors.
+was made from (a broadcast is cheaper to repeat than to read). What is gathered from a table (a relative bias) is dearer
+to gather than to read, however much larger than the table: it is folded while all such values together hold no more
+than the program's own tensors.
 """
 
 from __future__ import annotations
