@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ def mend() -> None:
     divide_by_places_inside()
     start_threads_for_work_only()
     know_strides_of_plain_indices()
+    ask_views_for_sizes()
 
 
 def keep_sums_within_their_buffers() -> None:
@@ -212,3 +214,24 @@ def _work_asked(iterations: list[Any]) -> str:
         return ""
     open_ones = dict.fromkeys(work for work in iterations if not work.is_number)
     return f" if ({' || '.join(f'{cexpr_index(work)} >= {WORTH_THREADS}' for work in open_ones)})" if open_ones else ""
+
+
+def ask_views_for_sizes() -> None:
+    """Inductor's FlexAttention on a CPU asks the buffer below a query or key for its sizes, where a view of a linear's
+    result has others than the buffer, and stops (torch 2.13). Here the view itself is asked.
+    """
+    from torch._inductor.codegen.cpp_flex_attention_template import CppFlexAttentionTemplate
+
+    choose = getattr(CppFlexAttentionTemplate, "choose_flex_template", None)
+    if choose is None or getattr(choose, "asks_views", False):
+        return
+
+    def sized(value: Any) -> Any:
+        layout = SimpleNamespace(layout=SimpleNamespace(size=list(value.get_size())))
+        return SimpleNamespace(data=SimpleNamespace(data=layout))
+
+    def asked(self: Any, query: Any, key: Any, num_threads: Any) -> Any:
+        return choose(self, sized(query), sized(key), num_threads)
+
+    asked.asks_views = True  # type: ignore[attr-defined]
+    CppFlexAttentionTemplate.choose_flex_template = asked  # type: ignore[method-assign]

@@ -121,6 +121,30 @@ def test_stale_weights_are_folded_again():
     assert len(fast.programs) <= 2
 
 
+def test_a_flex_attention_call_that_follows_no_pattern_is_compiled_as_it_is():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    class Documents(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+            self.register_buffer("document", torch.tensor([0] * 10 + [1] * 20 + [2] * 18))
+            own = self.document
+            self.mask = create_block_mask(
+                lambda b, h, q, k: (own[q] == own[k]) & (q >= k), None, None, 48, 48, device="cpu"
+            )
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).view(-1, 48, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+            return flex_attention(q, k, v, block_mask=self.mask).transpose(1, 2).flatten(2)
+
+    model = Documents().eval()
+    x = torch.randn(2, 48, 16)
+    fast = ca.compile(model, example_inputs=(x,))
+    check(fast, model, x)
+    assert any("follows no window" in miss.because for miss in fast.explain().misses)
+
+
 def test_what_can_be_no_argument_is_named_before_anything_is_compiled():
     with pytest.raises(CaptureError, match="give a tuple"):
         ca.compile(Small(), example_inputs=torch.randn(2, 8))
