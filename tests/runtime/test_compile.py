@@ -131,7 +131,7 @@ def test_a_flex_attention_call_that_follows_no_pattern_is_compiled_as_it_is():
             self.register_buffer("document", torch.tensor([0] * 10 + [1] * 20 + [2] * 18))
             own = self.document
             self.mask = create_block_mask(
-                lambda b, h, q, k: (own[q] == own[k]) & (q >= k), None, None, 48, 48, device="cpu"
+                lambda _b, _h, q, k: (own[q] == own[k]) & (q >= k), None, None, 48, 48, device="cpu"
             )
 
         def forward(self, x):
@@ -141,7 +141,8 @@ def test_a_flex_attention_call_that_follows_no_pattern_is_compiled_as_it_is():
     model = Documents().eval()
     x = torch.randn(2, 48, 16)
     fast = ca.compile(model, example_inputs=(x,))
-    check(fast, model, x)
+    with torch.no_grad():
+        assert (fast(x) - model(x)).abs().max() < 1e-5
     assert any("follows no window" in miss.because for miss in fast.explain().misses)
 
 
