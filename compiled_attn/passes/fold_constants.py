@@ -93,7 +93,9 @@ def fold(edit: Edit, program: Program, growth: float) -> list[tuple[fx.Node, tup
             room -= held
         value = _evaluate(node, tensors, memo)
         origins = tuple(o for name in made_from for o in program.origin.get(name, (name,)))
-        constant = edit.constant(f"folded.{node.name}", value.contiguous(), made_from=origins)
+        layout = torch.preserve_format if _sets_a_layout(node) else torch.contiguous_format
+        kept = value.clone(memory_format=layout)
+        constant = edit.constant(f"folded.{node.name}", kept, made_from=origins)
         edit.replace(node, constant)
         tensors[constant.name] = value  # a later border may be made from this one
         folded.append((node, made_from))
@@ -112,6 +114,12 @@ def _elements(node: fx.Node, ends: Collection[Any]) -> int:
             met.update(fresh)
             stack += fresh
     return total
+
+
+def _sets_a_layout(node: fx.Node) -> bool:
+    """Whether attention reads it as q, k or v: its result is laid out as these are, and views behind rely on that."""
+    sdpa = torch.ops.aten.scaled_dot_product_attention.default
+    return any(user.target is sdpa and node in user.args[:3] for user in node.users)
 
 
 def _is_view(node: fx.Node) -> bool:
